@@ -42,7 +42,7 @@ def plan(
     train_split = kind.open_data(config, data, "train")
     return config, {"name": train_split.source, "given": Path(data).name, "fingerprint": train_split.fingerprint, "items": len(train_split), "words": list(train_split.vocabulary.words)}
 
-# %% ../../nbs/systems/09_experiments.ipynb #e6ea2210
+# %% ../../nbs/systems/09_experiments.ipynb #1e408846
 def fit_run(
     run: Run,
     data: str,
@@ -67,7 +67,7 @@ def fit_run(
     try: loop.fit()
     finally: run.save(seconds=round(spent + time.perf_counter() - started, 1))
     scores = system.eval().evaluate(test)
-    run.save(status="finished", ended=_now(), scores={name: vars(score) for name, score in scores.items()})
+    run.save(status="finished", ended=_now(), scores={name: vars(score) | {"values": [round(value, 4) for value in score.values]} for name, score in scores.items()})
     return run
 
 

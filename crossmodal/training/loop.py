@@ -23,7 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from ..data.batch import Batch, BatchDataset
 from .checkpoint import Checkpoint, random_state, restore_random_state, save_checkpoint
 
-# %% ../../nbs/training/02_loop.ipynb #9c6faf0a
+# %% ../../nbs/training/02_loop.ipynb #f19e5ec0
 class Phase:
     "One stage of training. Subclasses set `name`, `epochs` and `batch_size`, and implement `begin` and `losses` (or `step`)."
     name: str
@@ -43,7 +43,7 @@ class Phase:
         "Learn from one batch; returns what to log."
         with self.accelerator.autocast(): losses = self.losses(batch)
         self.minimize(losses["loss"], *self.optimizers)
-        return losses
+        return {name: value.detach() for name, value in losses.items()}
 
     def adam(self, module: nn.Module, learning_rate: float, betas: tuple[float, float] = (.9, .999)) -> torch.optim.Optimizer:
         "Adam over a module's parameters, wrapped by accelerate so that mixed precision can scale its gradients."
@@ -150,7 +150,7 @@ class StopOnNaN(Callback):
             if not math.isfinite(value):
                 raise Diverged(f"phase {loop.phase.name}, step {loop.total}: {name} is {value}. The last checkpoint is from before that; lower the learning rate and resume, or look at the data.")
 
-# %% ../../nbs/training/02_loop.ipynb #06be8c99
+# %% ../../nbs/training/02_loop.ipynb #3bdd4ca9
 class Metrics(Callback):
     "Write losses and validation figures to `metrics.jsonl` and TensorBoard."
 
@@ -166,7 +166,7 @@ class Metrics(Callback):
         self.board, self.started = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=loop.total), time.perf_counter()
 
     def after_step(self, loop):
-        for name, value in loop.losses.items(): self.sums[name] = self.sums.get(name, 0) + value.detach()
+        for name, value in loop.losses.items(): self.sums[name] = self.sums.get(name, 0) + value
         self.count += 1
         if loop.total % EVERY == 0: self.write(loop)
 
