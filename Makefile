@@ -1,7 +1,7 @@
 # Everything starts from a fresh clone with Python and make alone:  make workbook  or  make test
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help workbook test lab lock clean programs
+.PHONY: help workbook test lab readme lock clean programs
 
 PYTHON ?= python3
 MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
@@ -19,6 +19,9 @@ test: $(READY) programs  ## package in step, notebooks clean, notebooks run, tes
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	@.venv/bin/jupyter lab nbs
+
+readme: $(READY)  ## write README.md from nbs/index.ipynb
+	@.venv/bin/jupyter nbconvert --to markdown --no-input --log-level ERROR --output-dir . --output README nbs/index.ipynb
 
 clean:  ## remove all that can be made again, .venv too; runs/ and data stay
 	@rm -rf .venv _workbook _proc _docs _site build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,6 +1,7 @@
-"""What `make test` runs: four questions about the project, each asked even if an earlier one fails.
+"""What `make test` runs: five questions about the project, each asked even if an earlier one fails.
 
     export      is the package exactly what the notebooks export?
+    readme      is README.md what nbs/index.ipynb says?
     clean       are the notebooks free of run numbers and the like, and small?
     notebooks   does each run from a clean process, and does it run anything at all?
     tests       what does pytest say?
@@ -106,6 +107,20 @@ def compare(name: Path, ours: Path, exported: Path) -> str:
     return "".join(difflib.unified_diff(before, after, path, f"{path} as the notebooks export it"))
 
 
+def check_readme(root: Path) -> Result:
+    index = get_config().nbs_path / "index.ipynb"
+    if not index.exists():
+        print(f"There is no {index.relative_to(root)}.")
+        return Result(failed=1)
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--to", "markdown", "--no-input", "--log-level", "ERROR", "--output-dir", folder, "--output", "README"]
+        subprocess.run([sys.executable, "-m", "nbconvert", *options, str(index)], check=True)
+        difference = compare(Path("README.md"), root, Path(folder))
+    if difference:
+        print(difference, "Remedy: make readme", sep="\n")
+    return Result(failed=1) if difference else Result(passed=1)
+
+
 def clean(project: Path) -> None:
     os.chdir(project)
     # nbdev only warns of a notebook that it cannot read, which would then count as clean.
@@ -190,7 +205,7 @@ def run_tests(root: Path) -> Result:
     return Result(passed=max(tests - failed - skipped, 0), failed=failed or int(status != 0), skipped=skipped)
 
 
-PARTS = {"export": check_export, "clean": check_clean, "notebooks": run_notebooks, "tests": run_tests}
+PARTS = {"export": check_export, "readme": check_readme, "clean": check_clean, "notebooks": run_notebooks, "tests": run_tests}
 
 
 def main() -> int:

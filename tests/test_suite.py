@@ -25,9 +25,11 @@ update_pyproject = False
 
 def write_notebook(path: Path, *cells: str) -> None:
     path.parent.mkdir(exist_ok=True)
-    nb = new_nb([mk_cell(cell, id=f"cell{i}") for i, cell in enumerate(cells)])
+    kind = lambda cell: "markdown" if cell.startswith("# ") else "code"
+    nb = new_nb([mk_cell(cell, kind(cell), id=f"cell{i}") for i, cell in enumerate(cells)])
     for cell in nb.cells:
-        cell.execution_count = None
+        if cell.cell_type == "code":
+            cell.execution_count = None
     write_nb(nb, path)
 
 
@@ -42,11 +44,14 @@ def sound(tmp_path_factory) -> Path:
     root.mkdir()
     (root / "settings.ini").write_text(SETTINGS)
     write_notebook(root / "nbs/00_core.ipynb", "#| default_exp core", "#| export\nanswer = 42", "assert answer == 42")
+    write_notebook(root / "nbs/index.ipynb", "# Tiny", "1 + 1")
     (root / "tests").mkdir()
     (root / "tests/test_core.py").write_text(
         "def test_answer():\n    from tiny.core import answer\n    assert answer == 42\n"
     )
     nbdev_export(root)
+    make = ["--to", "markdown", "--no-input", "--output-dir", root, "--output", "README", root / "nbs/index.ipynb"]
+    subprocess.run([sys.executable, "-m", "nbconvert", *make], check=True, capture_output=True)
     return root
 
 
@@ -65,7 +70,7 @@ def ask(root: Path, *only: str) -> tuple[int, str, str]:
 
 def test_a_sound_project_passes(project):
     status, printed, last = ask(project)
-    assert (status, last) == (0, "4 passed, 0 failed, 0 skipped"), printed
+    assert (status, last) == (0, "6 passed, 0 failed, 0 skipped"), printed
 
 
 def test_a_failure_stops_no_other_part(project):
@@ -73,7 +78,7 @@ def test_a_failure_stops_no_other_part(project):
     status, printed, last = ask(project)
     assert status == 1 and "tiny/core.py: the notebooks export it" in printed
     # Three: the export differs, and neither pytest nor anyone else can import the module. The notebook runs without it.
-    assert last == "2 passed, 2 failed, 0 skipped", printed
+    assert last == "4 passed, 2 failed, 0 skipped", printed
 
 
 def test_module_out_of_step(project):
@@ -94,6 +99,13 @@ def test_hand_written_module_is_left_alone(project):
     (project / "tiny/by_hand.py").write_text("x = 1\n")
     nbdev_export(project)  # it is listed in _modidx.py all the same
     assert ask(project, "export")[0] == 0
+
+
+def test_readme_out_of_step(project):
+    (project / "README.md").write_text("# Huge\n")
+    status, printed, last = ask(project, "readme")
+    assert (status, last) == (1, "0 passed, 1 failed, 0 skipped")
+    assert "-# Huge\n+# Tiny" in printed and "make readme" in printed
 
 
 def test_unclean_notebook(project):

@@ -6,8 +6,9 @@
 __all__ = ['Pictures', 'Batch', 'BatchDataset']
 
 # %% ../../nbs/data/02_batch.ipynb #66572039
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol, Sequence
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int

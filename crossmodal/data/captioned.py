@@ -12,7 +12,7 @@ from typing import Protocol
 from jaxtyping import Int
 from torch import Tensor
 
-from .batch import Batch, BatchDataset
+from .batch import BatchDataset
 from .digits import GET_MNIST, DoubleDigits
 from .text import Vocabulary
 

@@ -6,7 +6,8 @@
 __all__ = ['Estimate', 'bootstrap_mean']
 
 # %% ../../nbs/metrics/00_intervals.ipynb #712b3cf4
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 

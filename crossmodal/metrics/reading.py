@@ -9,7 +9,7 @@ __all__ = ['DigitReader', 'train_reader', 'digit_reader', 'read_digits', 'read_c
 from functools import lru_cache
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -6,7 +6,7 @@
 __all__ = ['mlp', 'Normalize']
 
 # %% ../../nbs/models/00_mappings.ipynb #777ad60e
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float

@@ -7,8 +7,9 @@ __all__ = ['ABILITIES', 'Score', 'System', 'EmbedsImages', 'EmbedsTexts', 'Draws
            'abilities']
 
 # %% ../../nbs/systems/00_base.ipynb #4a723cf5
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Sequence, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn

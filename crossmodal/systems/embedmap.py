@@ -8,9 +8,10 @@ __all__ = ['AUTOENCODERS', 'SHARED_PRESETS', 'EMBEDMAP_PRESETS', 'NamedDigitsCon
            'encode_dataset', 'MappingPhase', 'EmbedMap', 'drawing_scores', 'accuracy_by_class', 'reading_scores',
            'naming_scores', 'unheard_scores']
 
-# %% ../../nbs/systems/02_embedmap.ipynb #ffefb9ac
+# %% ../../nbs/systems/02_embedmap.ipynb #f803de06
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +25,7 @@ from ..data.speech import Recordings, open_speech
 from ..data.text import Vocabulary, word_vectors
 from ..losses.variational import kl_to_standard_normal
 from ..metrics.reading import class_parts, digit_reader, read_classes
-from ..metrics.similarity import nearest_psnr, psnr
+from ..metrics.similarity import nearest_psnr
 from ..models.autoencoders import Autoencoder, VariationalAutoencoder, conv_ae, conv_vae, mlp_ae, mlp_vae
 from ..models.generators import DirectGenerator
 from ..models.mappings import Normalize, mlp
@@ -32,7 +33,7 @@ from .base import Score, System
 from ..training.config import Changed, Config
 from ..training.loop import Phase
 
-# %% ../../nbs/systems/02_embedmap.ipynb #820c8880
+# %% ../../nbs/systems/02_embedmap.ipynb #535f728e
 AUTOENCODERS = {"conv-vae": conv_vae, "mlp-vae": mlp_vae, "conv-ae": conv_ae, "mlp-ae": mlp_ae}
 
 
@@ -60,24 +61,25 @@ class EmbedMapConfig(NamedDigitsConfig):
 
 SHARED_PRESETS = {
     "smoke": {"per_number": Changed(8, "a test must end in seconds"), "mapping_images": Changed(2_000, "likewise")},
-    "quick": {"per_number": Changed(400, "the bundled digits have about 125 writings of each digit to combine"), "mapping_images": Changed(200_000, "two cores, minutes for ten trainings")},
+    "quick": {"per_number": Changed(200, "the bundled digits have about 125 writings of each digit to combine"), "batch_size": Changed(64, "few pictures, so more steps from each"),
+              "mapping_images": Changed(100_000, "two cores, minutes for ten trainings")},
     "reduced": {"mapping_images": Changed(420_000, "five times through the grey pictures, once through the coloured: the loss is flat by then")},
     "paper": {},
 }
 EMBEDMAP_PRESETS = {
     "smoke": SHARED_PRESETS["smoke"] | {"autoencoder_images": Changed(2_000, "a test must end in seconds")},
-    "quick": SHARED_PRESETS["quick"] | {"autoencoder_images": Changed(100_000, "two cores, minutes for ten trainings")},
-    "reduced": SHARED_PRESETS["reduced"] | {"autoencoder_images": Changed(504_000, "two cores, an hour for thirty trainings: six times through the grey pictures, twice through the coloured")},
+    "quick": SHARED_PRESETS["quick"] | {"autoencoder_images": Changed(50_000, "two cores, minutes for ten trainings")},
+    "reduced": SHARED_PRESETS["reduced"] | {"autoencoder_images": Changed(504_000, "two cores, an hour for thirty trainings: six times through the grey pictures, once through the coloured")},
     "paper": {},
 }
 
-# %% ../../nbs/systems/02_embedmap.ipynb #e827b4e1
+# %% ../../nbs/systems/02_embedmap.ipynb #a16d65ad
 def epochs_for(
     images: int,                            # pictures to show in all
     per_epoch: int,
 ) -> int:
-    "The number of whole epochs nearest to showing so many pictures, at least one."
-    return max(1, round(images / per_epoch))
+    "The number of whole epochs that show no more than so many pictures, at least one."
+    return max(1, images // per_epoch)
 
 # %% ../../nbs/systems/02_embedmap.ipynb #8e04e745
 class Names(nn.Module):

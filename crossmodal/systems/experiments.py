@@ -7,8 +7,9 @@ __all__ = ['SYSTEMS', 'find_system', 'plan', 'fit_run', 'train', 'resume', 'load
 
 # %% ../../nbs/systems/09_experiments.ipynb #a11a711d
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from .base import Score, System
 from .embedmap import DirectMap, EmbedMap
 from ..training.checkpoint import latest_checkpoint
 from ..training.config import Config, apply_preset, config_from_json, override
-from ..training.loop import Checkpoints, EarlyStop, Interrupted, Loop, Metrics, Progress, Samples, StopOnNaN, StopOnSignal, start_from
+from ..training.loop import Checkpoints, EarlyStop, Loop, Metrics, Progress, Samples, StopOnNaN, StopOnSignal, start_from
 from ..training.runs import Run, RunError, _now, create_run, open_run, run_name
 
 # %% ../../nbs/systems/09_experiments.ipynb #780f741f

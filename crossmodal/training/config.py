@@ -7,8 +7,9 @@ __all__ = ['C', 'Presets', 'Config', 'override', 'parse_overrides', 'Changed', '
 
 # %% ../../nbs/training/00_config.ipynb #c7bc8398
 import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Iterable, Literal, Mapping, NamedTuple, TypeVar, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
 
 # %% ../../nbs/training/00_config.ipynb #f1d19071
 @dataclass(frozen=True)

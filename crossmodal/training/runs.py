@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import subprocess
-import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import checkpoints, write_atomic
+from .checkpoint import write_atomic
 from .config import Config
 
 # %% ../../nbs/training/03_runs.ipynb #9871a01f

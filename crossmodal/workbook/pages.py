@@ -8,8 +8,8 @@ __all__ = ['page_settings', 'PageFailed', 'render', 'page_notebooks', 'make_work
 # %% ../../nbs/workbook/01_pages.ipynb #9c1fc167
 import html
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from ..training.checkpoint import write_atomic
 from .tables import TABLES, answer, build_table, find_table, readable, write_table

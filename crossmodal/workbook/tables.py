@@ -9,14 +9,15 @@ __all__ = ['EMBEDMAP_TABLE1', 'TABLES', 'COLUMNS', 'PICTURE', 'TEXT', 'SPEECH', 
 
 # %% ../../nbs/workbook/00_tables.ipynb #e3b3c74c
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..metrics.intervals import bootstrap_mean
 from ..systems.experiments import plan, resume, train
 from ..training.checkpoint import write_atomic
-from ..training.runs import Run, RunError, finished_runs, open_run, record_text, run_name
+from ..training.runs import Run, RunError, finished_runs, record_text, run_name
 
 if TYPE_CHECKING: import pandas as pd
 
@@ -211,7 +212,6 @@ def plot_table(
     metric: str = "PSNR (dB)",
 ):
     "Ours with intervals beside the paper's figures; returns the matplotlib figure."
-    import matplotlib.pyplot as plt
     part = table[(table["metric"] == metric) & table["ours"].notna()]
     columns = list(dict.fromkeys(part["column"]))
     fig, axes = plt.subplots(1, len(columns), figsize=(1.2 + 2.4 * len(columns), .7 + .36 * part["row"].nunique()), sharey=True, squeeze=False)
