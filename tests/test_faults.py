@@ -136,7 +136,8 @@ def test_idx_truncated_in_its_header(tmp_path):
         read_idx(path)
 
 
-@pytest.mark.parametrize("raw, found", [(b"\x89PNG\r\n", "89 50 4e 47"), (b"\0\0\x0d\x01\0\0\0\x01....", "00 00 0d 01"), (b"", "nothing")], ids=["a picture", "idx of floats", "empty"])
+@pytest.mark.parametrize("raw, found", [(b"\x89PNG\r\n", "89 50 4e 47"), (b"\0\0\x0d\x01\0\0\0\x01....", "00 00 0d 01"), (b"", "nothing")],
+                         ids=["a picture", "idx of floats", "empty"])
 def test_wrong_magic_is_shown(tmp_path, raw, found):
     path = tmp_path / "images-idx3-ubyte"
     path.write_bytes(raw)
@@ -216,7 +217,8 @@ def test_run_of_another_format_is_refused_with_both_versions(run, use):
     (run / "run.json").write_text(json.dumps(record | {"format": 99, "versions": {"crossmodal": "7.8.9"}}))
     before = contents(run)
     with pytest.raises(RunError) as caught: use(run)
-    for part in ("run.json", "format 99", "crossmodal 7.8.9", f"crossmodal {metadata.version('crossmodal')}", "reads format 1", "Install the version that wrote it"):
+    here = metadata.version("crossmodal")
+    for part in ("run.json", "format 99", "crossmodal 7.8.9", f"crossmodal {here}, which reads format 1", "Install the version that wrote it"):
         assert part in str(caught.value)
     assert contents(run) == before
 

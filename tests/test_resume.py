@@ -70,7 +70,8 @@ def start(tmp_path):
 
     def start(wait_at=-1):
         with open(output, "w") as file:
-            children.append(subprocess.Popen([sys.executable, str(script), str(tmp_path / "run"), str(wait_at)], stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}))
+            command = [sys.executable, str(script), str(tmp_path / "run"), str(wait_at)]
+            children.append(subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}))
         return children[-1]
     yield start
     for child in children:

@@ -145,7 +145,7 @@ def test_notebook_that_runs_nothing(project, cells):
         nb["cells"][0] = {"cell_type": "raw", "id": "cell0", "metadata": {}, "source": cells[0].splitlines(True)}
         path.write_text(json.dumps(nb))
     status, printed, last = ask(project, "notebooks")
-    assert (status, last) == (1, "1 passed, 1 failed, 0 skipped") and "ran no code cell" in printed
+    assert (status, last) == (1, "2 passed, 1 failed, 0 skipped") and "ran no code cell" in printed
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_notebook_that_runs_nothing(project, cells):
 def test_failing_notebook(project, source, problem):
     write_notebook(project / "nbs/01_wrong.ipynb", source)
     status, printed, last = ask(project, "notebooks")
-    assert (status, last) == (1, "1 passed, 1 failed, 0 skipped") and problem in printed
+    assert (status, last) == (1, "2 passed, 1 failed, 0 skipped") and problem in printed
 
 
 def test_notebooks_do_not_share_a_process(project):

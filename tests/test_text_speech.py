@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from crossmodal.data.speech import bundled, mfcc, open_speech, read_wav
-from crossmodal.data.text import PAD, Vocabulary, read_word_vectors, standardize, word_vectors
+from crossmodal.data.text import PAD, Vocabulary, read_word_vectors, word_vectors
 
 ROWS = np.random.default_rng(0).normal(size=(60, 20))
 LINES = [f"word{i} " + " ".join(f"{v:.4f}" for v in row) for i, row in enumerate(ROWS)]
@@ -84,11 +84,6 @@ def test_file_too_small_for_thirteen_dimensions(glove):
     glove.write_text("\n".join(LINES[:5]))
     with pytest.raises(ValueError, match="found 5 words of 20"):
         word_vectors(["word1"], glove)
-
-
-def test_standardized_bundled_table_has_unit_columns():
-    table = standardize(word_vectors(["zero", "one", "two", "red"]))
-    assert table.mean(dim=0).abs().max() < 1e-6 and (table.std(dim=0, correction=0) - 1).abs().max() < 1e-5
 
 
 def test_large_vocabulary_round_trips():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAD', 'UNKNOWN', 'NUMERALS', 'COLOURS', 'GET_GLOVE', 'WORD_DIMENSIONS', 'FREQUENT', 'tokenize', 'nearest',
            'Vocabulary', 'open_text', 'parse_line', 'read_word_vectors', 'principal_axes', 'rows_of', 'project_words',
-           'read_bundled', 'write_bundled', 'bundle_word_vectors', 'word_vectors', 'standardize']
+           'read_bundled', 'write_bundled', 'bundle_word_vectors', 'word_vectors']
 
 # %% ../../nbs/data/01_text.ipynb #6db2b6d9
 import csv
@@ -208,11 +208,11 @@ def bundle_word_vectors(
     rows = [[word] + [f"{value:.4f}" for value in row] for word, row in zip(NUMERALS + COLOURS, table, strict=True)]
     write_bundled(out, header, rows)
 
-# %% ../../nbs/data/01_text.ipynb #862a8523
+# %% ../../nbs/data/01_text.ipynb #d2e0fb50
 def word_vectors(
     words: Sequence[str],                                # e.g. `vocabulary.words`
     file: str | Path | None = None,                      # GloVe's or word2vec's text format; none: the bundled table
-) -> Float[Tensor, "words 13"]:                          # raw; see `standardize`
+) -> Float[Tensor, "words 13"]:                          # raw: who uses them brings them to scale
     """The 13 numbers of each word (paper 002, section 4): principal components of published vectors,
     in place of the paper's own word2vec, which was not released.
 
@@ -223,12 +223,3 @@ def word_vectors(
     remedy = f"It has {', '.join(known)}. For other words pass `file=`: {GET_GLOVE}."
     keep = rows_of(words, known, "the bundled table", remedy)
     return torch.tensor([[float(value) for value in rows[i][1:]] for i in keep], dtype=torch.float32)
-
-# %% ../../nbs/data/01_text.ipynb #53645031
-def standardize(
-    table: Float[Tensor, "words d"],
-) -> Float[Tensor, "words d"]:            # columns of mean 0 and population deviation 1; a constant one becomes 0
-    "Remove each column's mean and divide by its deviation over the rows."
-    table = table.double()                # so that a constant column is exactly constant after its mean is removed
-    centred = table - table.mean(dim=0)
-    return (centred / centred.square().mean(dim=0).sqrt().clamp(min=1e-6)).float()

@@ -114,7 +114,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
     "The finished checkpoints in a folder, oldest first."
     return sorted(path for path in Path(folder).glob("*") if path.is_dir() and path.name.isdigit())
 
-# %% ../../nbs/training/01_checkpoint.ipynb #47a7216e
+# %% ../../nbs/training/01_checkpoint.ipynb #194425fd
 @dataclass(frozen=True)
 class Checkpoint:
     "A verified checkpoint."
@@ -148,7 +148,7 @@ def latest_checkpoint(folder: str | Path) -> Checkpoint | None:
     for path in reversed(checkpoints(folder)):
         try:
             found = read_checkpoint(path)
-            if torn: warnings.warn(f"{torn} Using the previous checkpoint, {found.path.name}.")
+            if torn: warnings.warn(f"{torn} Using the previous checkpoint, {found.path.name}.", stacklevel=2)
             return found
         except TornCheckpoint as error: torn = torn or error
     if torn: raise torn

@@ -6,7 +6,7 @@
 __all__ = ['EVERY', 'Phase', 'StopPhase', 'Interrupted', 'Loop', 'Callback', 'Diverged', 'StopOnNaN', 'Metrics', 'EarlyStop',
            'Progress', 'Samples', 'Checkpoints', 'start_from', 'StopOnSignal']
 
-# %% ../../nbs/training/02_loop.ipynb #c8021dec
+# %% ../../nbs/training/02_loop.ipynb #55ce0ac2
 import json
 import math
 import signal
@@ -204,7 +204,7 @@ class EarlyStop(Callback):
         self.best, self.bad = (loss, 0) if loss < self.best else (self.best, self.bad + 1)
         if self.patience and self.bad >= self.patience and loss > -math.inf: raise StopPhase
 
-# %% ../../nbs/training/02_loop.ipynb #800e9724
+# %% ../../nbs/training/02_loop.ipynb #8b923884
 class Progress(Callback):
     "A progress bar per phase; one line per epoch where output is not a screen."
     order = 10
@@ -215,7 +215,7 @@ class Progress(Callback):
         in_notebook = "ipykernel" in sys.modules
         self.bar = tqdm(total=loop.phase.epochs * per_epoch, initial=loop.epoch * per_epoch + loop.step, desc=loop.phase.name, unit="step",
                         disable=not (in_notebook or sys.stderr.isatty()), leave=True)
-        self.started, self.shown = time.perf_counter(), 0.
+        self.started, self.shown, self.first = time.perf_counter(), 0., loop.epoch
 
     def after_step(self, loop):
         self.bar.update()
@@ -225,9 +225,10 @@ class Progress(Callback):
 
     def after_epoch(self, loop):
         if self.bar.disable:
-            elapsed, share = time.perf_counter() - self.started, loop.epoch / loop.phase.epochs
+            elapsed = time.perf_counter() - self.started
+            left = elapsed / (loop.epoch - self.first) * (loop.phase.epochs - loop.epoch)
             losses = ", ".join(f"{name} {float(value):.4g}" for name, value in loop.losses.items())
-            print(f"{loop.phase.name}: epoch {loop.epoch}/{loop.phase.epochs}, {losses}, {elapsed:.0f} s", flush=True)
+            print(f"{loop.phase.name}: epoch {loop.epoch}/{loop.phase.epochs}, {losses}, {elapsed:.0f} s, {left:.0f} s left", flush=True)
 
     def after_phase(self, loop): self.bar.close()
     def cleanup(self, loop):

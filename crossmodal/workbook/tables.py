@@ -7,7 +7,7 @@ __all__ = ['EMBEDMAP_TABLE1', 'TABLES', 'COLUMNS', 'PICTURE', 'TEXT', 'SPEECH', 
            'questions', 'answer', 'fits', 'data_name', 'table_row', 'build_table', 'write_table', 'UnbackedFigure',
            'check_table', 'readable', 'plot_table']
 
-# %% ../../nbs/workbook/00_tables.ipynb #e3b3c74c
+# %% ../../nbs/workbook/00_tables.ipynb #4786ffcf
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,8 @@ from ..systems.experiments import plan, resume, train
 from ..training.checkpoint import write_atomic
 from ..training.runs import Run, RunError, finished_runs, record_text, run_name
 
-if TYPE_CHECKING: import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../../nbs/workbook/00_tables.ipynb #ef53f50b
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def readable(
     rows, columns = list(dict.fromkeys(part["row"])), list(dict.fromkeys(part["column"]))
     return cells.pivot(index="row", columns="column", values="text").reindex(index=rows, columns=columns).fillna("-").rename_axis(index=None, columns=metric)
 
-# %% ../../nbs/workbook/00_tables.ipynb #df0a48c3
+# %% ../../nbs/workbook/00_tables.ipynb #435880fe
 PICTURE, TEXT, SPEECH = "#0072B2", "#D55E00", "#009E73"     # the book's colours, safe for the colour-blind
 
 
@@ -214,13 +215,15 @@ def plot_table(
     "Ours with intervals beside the paper's figures; returns the matplotlib figure."
     part = table[(table["metric"] == metric) & table["ours"].notna()]
     columns = list(dict.fromkeys(part["column"]))
-    fig, axes = plt.subplots(1, len(columns), figsize=(1.2 + 2.4 * len(columns), .7 + .36 * part["row"].nunique()), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(columns), figsize=(2 + 2.2 * len(columns), 1.6 + .32 * part["row"].nunique()), sharey=True, squeeze=False)
     for ax, column in zip(axes[0], columns):
         lines = part[part["column"] == column].iloc[::-1]
         ax.errorbar(lines["ours"], lines["row"], xerr=[lines["ours"] - lines["low"], lines["high"] - lines["ours"]], fmt="o", color=PICTURE, capsize=3, label="ours, 95 %")
         if lines["paper"].notna().any(): ax.plot(lines["paper"], lines["row"], "D", color=TEXT, label="paper")
         if lines["chance"].notna().any(): ax.axvline(lines["chance"].mean(), color="#777", ls="--", lw=1, label="ignores its input")
         ax.set_title(column, fontsize=9); ax.grid(axis="x", alpha=.3); ax.margins(y=.15)
-    axes[0, 0].legend(fontsize=7, loc="best"); fig.supxlabel(metric, fontsize=9); fig.tight_layout()
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=7, loc="lower center", ncols=3, frameon=False)
+    fig.suptitle(metric, fontsize=9)
+    fig.tight_layout(rect=(0, .08, 1, 1))
     plt.close(fig)
     return fig

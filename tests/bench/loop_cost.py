@@ -4,7 +4,9 @@
 
 Both sides live in one process and take turns every 20 steps, so that whatever else the machine does hits both alike. Each side has its own model, optimiser
 and random state; after every repeat the weights must be equal, bit for bit. A repeat trains `epochs` epochs and validates after each, on both sides.
-Who is built first and leads changes from repeat to repeat. Wall time and CPU time are summed per side; the figure is ours / bare, the median over repeats, with the range. A first, shorter repeat is thrown away."""
+Who is built first and leads changes from repeat to repeat.
+Wall time and CPU time are summed per side; the figure is ours / bare, the median over repeats, with the range.
+A first, shorter repeat is thrown away."""
 import argparse
 import contextlib
 import io
