@@ -104,10 +104,10 @@ def evaluate(
     "Measure a trained system, on its own data or on other data of the same kind. The run is not changed."
     _print_scores(experiments.evaluate(run, data, split))
 
-# %% ../nbs/99_cli.ipynb #a53960ee
+# %% ../nbs/99_cli.ipynb #03b5fcac
 def table(
     system: Annotated[Positional[str], arg(help="whose paper: embedmap", metavar="PAPER")],
-    number: Annotated[Positional[int], arg(help="the table's number in the paper", metavar="N")],
+    number: Annotated[Positional[str], arg(help="the table's number in the paper, or the name of one of ours, such as speakers", metavar="N")],
     /,
     overrides: Annotated[Positional[tuple[str, ...]], arg(help="configuration keys for every training, such as speech=fsdd", metavar="KEY=VALUE ...")] = (),
     data: Annotated[str, arg(help="a dataset's name or folder")] = "digits",
@@ -118,11 +118,11 @@ def table(
     check: Annotated[bool, arg(help="train nothing; recompute the stored table from its records and refuse a figure that no run backs")] = False,
     force: Annotated[bool, arg(help="replace a stored table of another preset or other data")] = False,
 ):
-    """Rebuild a table of a paper: train what is missing, write results/<system>_table<N>.csv and the records behind it.
+    """Rebuild a table of a paper: train what is missing, write its CSV into results/ and the records behind it.
 
     Example: crossmodal table embedmap 1 --data mnist --preset reduced --seeds 0 1 2 speech=fsdd"""
-    from crossmodal.workbook.tables import answer, build_table, check_table, find_table, readable, write_table
-    cells, name = find_table(system, number), f"{system}_table{number}"
+    from crossmodal.workbook.tables import answer, build_table, check_table, find_table, readable, table_name, write_table
+    cells, name = find_table(system, number), table_name(system, number)
     if check: built = check_table(cells, results / f"{name}.csv")
     else:
         done = answer(cells, data, preset, seeds, parse_overrides(overrides), runs)
@@ -141,7 +141,7 @@ def workbook(
     from crossmodal.workbook.pages import make_workbook
     make_workbook(out=out, data=data, preset=preset)
 
-# %% ../nbs/99_cli.ipynb #84743c92
+# %% ../nbs/99_cli.ipynb #88e866c0
 COMMANDS = {"systems": systems, "data": data, "train": train, "resume": resume, "evaluate": evaluate, "table": table, "workbook": workbook}
 
 
@@ -156,6 +156,6 @@ def main(
         print(f"crossmodal: {error}", file=sys.stderr)
         return 2
     except Interrupted as error:
-        print(f"crossmodal: {error}. Go on with `crossmodal resume RUN`.", file=sys.stderr)
+        print(f"crossmodal: {error}", file=sys.stderr)
         return 130
     return 0

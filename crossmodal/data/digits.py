@@ -7,7 +7,7 @@ __all__ = ['Split', 'MNIST_FILES', 'GET_MNIST', 'Digits', 'bundled_digits', 'rea
            'digit_pools', 'held_out_numbers', 'class_names', 'class_captions', 'side_by_side', 'DoubleDigits',
            'show_digits']
 
-# %% ../../nbs/data/04_digits.ipynb #d3fae2fc
+# %% ../../nbs/data/04_digits.ipynb #352df316
 import gzip
 import hashlib
 import os
@@ -15,7 +15,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from .batch import Batch
 from .text import COLOURS, NUMERALS, Vocabulary
 
-# %% ../../nbs/data/04_digits.ipynb #9a553d4e
+# %% ../../nbs/data/04_digits.ipynb #42625099
 Split = Literal["train", "val", "test"]
 
 
@@ -40,7 +40,7 @@ class Digits:
 
     def __len__(self) -> int: return len(self.labels)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         "The first 12 hex digits of the SHA-256 of pictures and labels: two pools with the same one hold the same digits."
         return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()[:12]
@@ -155,7 +155,7 @@ def side_by_side(
     if colours is not None: digits = digits * torch.nn.functional.one_hot(colours, 3)[..., None, None]
     return torch.cat([digits[:, 0], digits[:, 1]], dim=3) / 127.5 - 1
 
-# %% ../../nbs/data/04_digits.ipynb #6dae4538
+# %% ../../nbs/data/04_digits.ipynb #94647ebd
 class DoubleDigits:
     """Two-digit pictures 28 x 56 with their names (paper 002). `train` and `val` show the 84 seen numbers, `test` the 16 held out, each in handwriting of its own.
 
@@ -172,6 +172,7 @@ class DoubleDigits:
     ):
         if split not in self.splits: raise ValueError(f"unknown split {split!r}: choose one of {', '.join(self.splits)}.")
         self.split, self.colour, self.seed = split, colour, seed
+        if per_number is not None and per_number < 1: raise ValueError(f"per_number is {per_number}: expected at least 1, or None for the paper's.")
         self.per_number = per_number or (4000 if colour else 1000)
         self.pool = digit_pools(source)[split]
         self.origin, self.source = source, self.pool.source

@@ -6,7 +6,7 @@
 __all__ = ['ABILITIES', 'Score', 'System', 'EmbedsImages', 'EmbedsTexts', 'DrawsTexts', 'DescribesImages', 'DrawsEmbeddings',
            'abilities']
 
-# %% ../../nbs/systems/00_base.ipynb #4a723cf5
+# %% ../../nbs/systems/00_base.ipynb #b24b28db
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -54,29 +54,34 @@ class System(nn.Module):
         "The paper's measures, and ours, on a split."
         raise NotImplementedError
 
-# %% ../../nbs/systems/00_base.ipynb #6c1505fb
+# %% ../../nbs/systems/00_base.ipynb #bee1c114
 @runtime_checkable
 class EmbedsImages(Protocol):
+    "Pictures in [-1, 1] to points of its embedding space."
     def embed_images(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]: ...
 
 
 @runtime_checkable
 class EmbedsTexts(Protocol):
+    "Sentences to points of its embedding space."
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b d"]: ...
 
 
 @runtime_checkable
 class DrawsTexts(Protocol):
+    "Sentences to pictures in [-1, 1]."
     def images_from_texts(self, texts: Sequence[str]) -> Float[Tensor, "b c h w"]: ...
 
 
 @runtime_checkable
 class DescribesImages(Protocol):
+    "Pictures in [-1, 1] to sentences."
     def texts_from_images(self, images: Float[Tensor, "b c h w"]) -> list[str]: ...
 
 
 @runtime_checkable
 class DrawsEmbeddings(Protocol):
+    "Points of its embedding space to pictures in [-1, 1]."
     def images_from_embeddings(self, embeddings: Float[Tensor, "b d"]) -> Float[Tensor, "b c h w"]: ...
 
 

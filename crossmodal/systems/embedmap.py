@@ -8,7 +8,7 @@ __all__ = ['AUTOENCODERS', 'SHARED_PRESETS', 'EMBEDMAP_PRESETS', 'NamedDigitsCon
            'encode_dataset', 'MappingPhase', 'EmbedMap', 'drawing_scores', 'accuracy_by_class', 'reading_scores',
            'naming_scores', 'unheard_scores']
 
-# %% ../../nbs/systems/02_embedmap.ipynb #f803de06
+# %% ../../nbs/systems/02_embedmap.ipynb #89378b0c
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -30,10 +30,10 @@ from ..models.autoencoders import Autoencoder, VariationalAutoencoder, conv_ae, 
 from ..models.generators import DirectGenerator
 from ..models.mappings import Normalize, mlp
 from .base import Score, System
-from ..training.config import Changed, Config
+from ..training.config import Changed, Config, Count
 from ..training.loop import Phase
 
-# %% ../../nbs/systems/02_embedmap.ipynb #535f728e
+# %% ../../nbs/systems/02_embedmap.ipynb #f5c56259
 AUTOENCODERS = {"conv-vae": conv_vae, "mlp-vae": mlp_vae, "conv-ae": conv_ae, "mlp-ae": mlp_ae}
 
 
@@ -41,21 +41,21 @@ AUTOENCODERS = {"conv-vae": conv_vae, "mlp-vae": mlp_vae, "conv-ae": conv_ae, "m
 class NamedDigitsConfig(Config):
     "What the paper's method and its baseline share. The paper gives neither epochs nor batch sizes: amounts of training are ours in every preset."
     colour: bool = False                    # red, green and blue digits
-    per_number: int | None = None           # pictures of each two-digit number; None: the paper's 1,000 grey, 4,000 coloured (section C)
+    per_number: Count | None = None          # pictures of each two-digit number; None: the paper's 1,000 grey, 4,000 coloured (section C)
     speech: str = "bundled"                 # "bundled", "espeak", or a folder of recordings in FSDD's layout
-    recordings: int = 1                     # of each word to learn from; the paper has one
+    recordings: Count = 1                   # of each word to learn from; the paper has one
     unheard: str = ""                       # a speaker kept for judging
     word_vectors: str = ""                  # a GloVe or word2vec file; empty: the bundled 13-d table
-    batch_size: int = 128                   # open in the paper
+    batch_size: Count = 128                 # open in the paper
     learning_rate: float = 1e-3             # Adam's default in Keras (section A)
-    mapping_images: int = 1_700_000         # picture-name pairs shown to the mapping (or to the direct baseline): open in the paper
+    mapping_images: Count = 1_700_000       # picture-name pairs shown to the mapping (or to the direct baseline): open in the paper
 
 
 @dataclass(frozen=True)
 class EmbedMapConfig(NamedDigitsConfig):
     "The paper's method."
     autoencoder: Literal["conv-vae", "mlp-vae", "conv-ae", "mlp-ae"] = "conv-vae"
-    autoencoder_images: int = 8_400_000     # pictures shown to the autoencoder (100 epochs of grey digits): open in the paper
+    autoencoder_images: Count = 8_400_000   # pictures shown to the autoencoder (100 epochs of grey digits): open in the paper
     patience: int = 5                       # epochs without a better validation loss before the autoencoder stops: open in the paper
 
 
@@ -138,7 +138,7 @@ def spoken_words(
     lacking = [word for word in words if word not in found.words]
     return found.with_words_from(open_speech("bundled").select(words=lacking)) if lacking else found
 
-# %% ../../nbs/systems/02_embedmap.ipynb #5f7ac444
+# %% ../../nbs/systems/02_embedmap.ipynb #e234aebe
 class NamedDigits(System):
     "Names of two-digit pictures as text and as speech."
 
@@ -151,8 +151,8 @@ class NamedDigits(System):
 
     @classmethod
     def open_data(cls, config, data, split):
-        per_number = config.per_number and (config.per_number if split != "val" else max(2, config.per_number // 10))
-        if config.per_number is None and split == "val": per_number = 100
+        per_number = config.per_number
+        if split == "val": per_number = max(2, (per_number or 1000) // 10)
         return open_dataset(data, split, colour=config.colour, seed=config.seed, per_number=per_number)
 
     def prepare(self, train):

@@ -114,7 +114,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
     "The finished checkpoints in a folder, oldest first."
     return sorted(path for path in Path(folder).glob("*") if path.is_dir() and path.name.isdigit())
 
-# %% ../../nbs/training/01_checkpoint.ipynb #194425fd
+# %% ../../nbs/training/01_checkpoint.ipynb #2a3923f6
 @dataclass(frozen=True)
 class Checkpoint:
     "A verified checkpoint."
@@ -131,8 +131,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     "Read one checkpoint and verify every byte of it; raises `TornCheckpoint` with the file and what is wrong."
     path = Path(path)
     try:
-        body, checksum = (path / "state.json").read_text(encoding="utf-8").splitlines()
-        if hashlib.sha256(body.encode()).hexdigest() != checksum: raise ValueError("state.json does not match its checksum")
+        body, _, checksum = (path / "state.json").read_bytes().partition(b"\n")
+        if hashlib.sha256(body).hexdigest().encode() != checksum.strip(): raise ValueError("state.json is cut off or changed: it does not match its checksum")
         head = json.loads(body)
         for name, expected in head["sha256"].items():
             if (found := _sha256(path / name)) != expected: raise ValueError(f"{name}: expected SHA-256 {expected[:12]}..., found {found[:12]}...")

@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'versions', 'machine', 'git_commit', 'run_name', 'record_text', 'RunError', 'Run', 'create_run', 'open_run',
            'finished_runs']
 
-# %% ../../nbs/training/03_runs.ipynb #ef2d0d66
+# %% ../../nbs/training/03_runs.ipynb #26a12623
 import hashlib
 import json
 import os
@@ -87,7 +87,7 @@ class Run:
         self.record |= changes
         write_atomic(self.folder / "run.json", record_text(self.record))
 
-# %% ../../nbs/training/03_runs.ipynb #b2e3807d
+# %% ../../nbs/training/03_runs.ipynb #3a981f84
 def _now() -> str: return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -119,7 +119,7 @@ def open_run(folder: str | Path) -> Run:
     folder, path = Path(folder), Path(folder) / "run.json"
     if not path.is_file(): raise RunError(f"{folder} is not a run folder: it has no run.json. `crossmodal train` makes one.")
     try: record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise RunError(f"{path} cannot be read ({error}).") from error
+    except ValueError as error: raise RunError(f"{path} cannot be read ({error}): move {folder} aside and train again.") from error
     if record.get("format") != FORMAT:
         written = record.get("versions", {}).get("crossmodal", "another version")
         raise RunError(f"{path} has format {record.get('format')}, written by crossmodal {written}; this is crossmodal {metadata.version('crossmodal')}, which reads format {FORMAT}. Install the version that wrote it.")

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['page_settings', 'PageFailed', 'render', 'page_notebooks', 'make_workbook']
 
-# %% ../../nbs/workbook/01_pages.ipynb #9c1fc167
+# %% ../../nbs/workbook/01_pages.ipynb #f3ee7256
 import html
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..training.checkpoint import write_atomic
-from .tables import TABLES, answer, build_table, find_table, readable, write_table
+from .tables import IN_WORKBOOK, answer, build_table, find_table, readable, table_name, write_table
 
 # %% ../../nbs/workbook/01_pages.ipynb #b9a2636f
 def page_settings() -> dict:                # what `answer` takes
@@ -50,10 +50,10 @@ def render(
     write_atomic(out, body)
     return out
 
-# %% ../../nbs/workbook/01_pages.ipynb #c42ed30c
+# %% ../../nbs/workbook/01_pages.ipynb #747284d1
 def page_notebooks(folder: Path) -> list[Path]:
     "The workbook's pages: the notebooks named after a system that has a table."
-    names = {system for system, _ in TABLES}
+    names = {system for system, _ in IN_WORKBOOK}
     return [path for path in sorted(folder.glob("[0-9]*_*.ipynb")) if path.stem.split("_", 1)[1] in names]
 
 
@@ -69,11 +69,11 @@ def make_workbook(
     out, pages = Path(out), page_notebooks(Path(notebooks))
     if not pages: raise FileNotFoundError(f"no workbook notebooks in {notebooks}: run this in a checkout of the project, where nbs/workbook is.")
     body = []
-    for system, number in TABLES:
+    for system, number in IN_WORKBOOK:
         cells = find_table(system, number)
         done = answer(cells, data, preset, seeds, folder=runs)
         table = build_table(cells, [run.record for run in done])
-        write_table(table, done, f"{system}_table{number}", out / "results", force=True)
+        write_table(table, done, table_name(system, number), out / "results", force=True)
         title = f"{system}, table {number}: ours [95 % interval] (paper), preset {preset}, {done[0].record['data']['name']}"
         body.append(f"<h2>{html.escape(title)}</h2>")
         for metric in dict.fromkeys(table["metric"]):
