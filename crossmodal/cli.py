@@ -31,9 +31,9 @@ def systems():
             print(f"  preset {preset}" + (": the paper's values" if not changes else ""))
             for key, change in changes.items(): print(f"    {key} = {change.value!r}: {change.why}")
 
-# %% ../nbs/99_cli.ipynb #539c758f
+# %% ../nbs/99_cli.ipynb #14f6bb6c
 def data(
-    action: Annotated[Positional[Literal["list", "get", "check"]], arg(help="list what there is, get (download) one, or check that one can be opened")] = "list",
+    action: Annotated[Positional[Literal["list", "get", "check"]], arg(help="list what there is, download one, or check that one can be opened")] = "list",
     name: Annotated[Positional[str], arg(help="a dataset's name, or for `check` also a folder")] = "",
 ):
     """List, download or check datasets.
@@ -52,9 +52,10 @@ def data(
         for split in ("train", "val", "test"):
             found = open_dataset(name or "digits", split)
             batch = found[[0, len(found) - 1]]
-            print(f"{split:5s} {len(found):7,d} pictures {tuple(batch.images.shape[1:])}, {len(set(found.classes.tolist()))} classes, fingerprint {found.fingerprint}; e.g. {found.vocabulary.decode(batch.captions)[0]!r}")
+            classes, caption = len(set(found.classes.tolist())), found.vocabulary.decode(batch.captions)[0]
+            print(f"{split:5s} {len(found):7,d} pictures {tuple(batch.images.shape[1:])}, {classes} classes, fingerprint {found.fingerprint}; e.g. {caption!r}")
 
-# %% ../nbs/99_cli.ipynb #df82af3b
+# %% ../nbs/99_cli.ipynb #1abfafb9
 def _summary(run: Run):
     "What came out, and where it is."
     print(f"\n{run.name}: {run.record['status']}, {run.record['seconds']:.0f} s, in {run.folder}")
@@ -72,7 +73,7 @@ def _print_scores(scores: dict[str, Score]):
 def train(
     system: Annotated[Positional[str], arg(help="a system's name; `crossmodal systems` lists them", metavar="SYSTEM")],
     /,
-    overrides: Annotated[Positional[tuple[str, ...]], arg(help="configuration keys as key=value, such as autoencoder=mlp-vae colour=true seed=1", metavar="KEY=VALUE ...")] = (),
+    overrides: Annotated[Positional[tuple[str, ...]], arg(help="configuration keys, such as autoencoder=mlp-vae seed=1", metavar="KEY=VALUE ...")] = (),
     data: Annotated[str, arg(help="a dataset's name, or a folder in a dataset's own layout")] = "digits",
     preset: Annotated[str, arg(help="smoke (seconds), quick (minutes), reduced (real data) or paper (its own numbers)")] = "quick",
     out: Annotated[Path | None, arg(help="the run folder; default: runs/<name of the run>")] = None,

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['Pictures', 'Batch', 'BatchDataset']
 
-# %% ../../nbs/data/02_batch.ipynb #66572039
+# %% ../../nbs/data/02_batch.ipynb #8e9e42eb
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATASETS', 'CaptionedImages', 'open_dataset']
 
-# %% ../../nbs/data/09_captioned.ipynb #d8da6d4a
+# %% ../../nbs/data/09_captioned.ipynb #b8e3b760
 from pathlib import Path
 from typing import Protocol
 

@@ -55,7 +55,7 @@ def bundled_digits() -> Digits:
     images = torch.nn.functional.pad(images.clamp(0, 1), (4, 4, 4, 4))
     return Digits((images[:, 0] * 255).round().to(torch.uint8), torch.as_tensor(raw.target).long(), "digits")
 
-# %% ../../nbs/data/04_digits.ipynb #a680a848
+# %% ../../nbs/data/04_digits.ipynb #1b589c7d
 def read_idx(
     path: str | Path,                       # an idx file of unsigned bytes, plain or `.gz`
 ) -> np.ndarray:                            # uint8, shaped as its header says
@@ -66,7 +66,8 @@ def read_idx(
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is not a whole gzip file ({error}): fetch it again.") from error
     if len(raw) < 4 or raw[:3] != b"\0\0\x08" or not raw[3]:
-        raise ValueError(f"{path} is not an idx file of bytes: expected it to begin with 00 00 08 and a number of dimensions, found {raw[:4].hex(' ') or 'nothing'}.")
+        found = raw[:4].hex(" ") or "nothing"
+        raise ValueError(f"{path} is not an idx file of bytes: expected it to begin with 00 00 08 and a number of dimensions, found {found}.")
     if len(raw) < 4 + 4 * raw[3]:
         raise ValueError(f"{path} is cut off in its header: expected {4 + 4 * raw[3]} bytes, found {len(raw)}.")
     shape = struct.unpack_from(f">{raw[3]}I", raw, 4)
@@ -155,10 +156,11 @@ def side_by_side(
     if colours is not None: digits = digits * torch.nn.functional.one_hot(colours, 3)[..., None, None]
     return torch.cat([digits[:, 0], digits[:, 1]], dim=3) / 127.5 - 1
 
-# %% ../../nbs/data/04_digits.ipynb #94647ebd
+# %% ../../nbs/data/04_digits.ipynb #42d0c2c7
 class DoubleDigits:
-    """Two-digit pictures 28 x 56 with their names (paper 002). `train` and `val` show the 84 seen numbers, `test` the 16 held out, each in handwriting of its own.
+    """Two-digit pictures 28 x 56 with their names (paper 002).
 
+    `train` and `val` show the 84 seen numbers, `test` the 16 held out, each in handwriting of its own.
     Grey pictures have one channel and captions such as "seven five"; coloured ones three and captions such as "red seven blue five"."""
     splits = ("train", "val", "test")
     vocabulary = Vocabulary(NUMERALS + COLOURS)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Estimate', 'bootstrap_mean']
 
-# %% ../../nbs/metrics/00_intervals.ipynb #712b3cf4
+# %% ../../nbs/metrics/00_intervals.ipynb #b82dae73
 from collections.abc import Sequence
 from typing import NamedTuple
 

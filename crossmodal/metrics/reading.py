@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DigitReader', 'train_reader', 'digit_reader', 'read_digits', 'read_colours', 'read_classes', 'class_parts']
 
-# %% ../../nbs/metrics/03_reading.ipynb #97aed63e
+# %% ../../nbs/metrics/03_reading.ipynb #90b4eb7b
 from functools import lru_cache
 
 import torch

@@ -55,13 +55,14 @@ def _same(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
     "A convolution that keeps height and width, as the sizes in section A.1 require."
     return nn.Conv2d(inputs, outputs, kernel, padding="same")
 
-# %% ../../nbs/models/01_autoencoders.ipynb #a538ebf2
+# %% ../../nbs/models/01_autoencoders.ipynb #10535fa0
 def conv_vae(
     channels: int = 1,                          # 3 for coloured digits: the paper's "single channel output" can only hold for grey ones
 ) -> VariationalAutoencoder:
     "Paper 002's convolutional variational autoencoder."
     encoder = nn.Sequential(_same(channels, 8, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), mlp(3136, 256, 2 * 100))
-    decoder = nn.Sequential(mlp(100, 3136), nn.ReLU(), nn.Unflatten(1, (8, 14, 28)), _same(8, 8, 5), nn.ReLU(), nn.Upsample(scale_factor=2), _same(8, channels, 5))
+    decoder = nn.Sequential(mlp(100, 3136), nn.ReLU(), nn.Unflatten(1, (8, 14, 28)),
+                            _same(8, 8, 5), nn.ReLU(), nn.Upsample(scale_factor=2), _same(8, channels, 5))
     return VariationalAutoencoder(encoder, decoder)
 
 # %% ../../nbs/models/01_autoencoders.ipynb #b52fcef9
@@ -73,12 +74,13 @@ def mlp_vae(
     decoder = nn.Sequential(mlp(100, 256, pixels), nn.Unflatten(1, (channels, 28, 56)))
     return VariationalAutoencoder(nn.Sequential(nn.Flatten(), mlp(pixels, 256, 2 * 100)), decoder)
 
-# %% ../../nbs/models/01_autoencoders.ipynb #1ec414be
+# %% ../../nbs/models/01_autoencoders.ipynb #b7e7f802
 def conv_ae(
     channels: int = 1,
 ) -> Autoencoder:
     "Paper 002's convolutional autoencoder."
-    encoder = nn.Sequential(_same(channels, 16, 3), nn.ReLU(), nn.MaxPool2d(2), _same(16, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), mlp(784, 100), nn.ReLU())
+    encoder = nn.Sequential(_same(channels, 16, 3), nn.ReLU(), nn.MaxPool2d(2), _same(16, 8, 3), nn.ReLU(), nn.MaxPool2d(2),
+                            nn.Flatten(), mlp(784, 100), nn.ReLU())
     decoder = nn.Sequential(mlp(100, 784), nn.ReLU(), nn.Unflatten(1, (8, 7, 14)), _same(8, 8, 3), nn.ReLU(), nn.Upsample(scale_factor=2),
                             _same(8, 16, 3), nn.ReLU(), nn.Upsample(scale_factor=2), _same(16, channels, 5))
     return Autoencoder(encoder, decoder)

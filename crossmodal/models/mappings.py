@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mlp', 'Normalize']
 
-# %% ../../nbs/models/00_mappings.ipynb #777ad60e
+# %% ../../nbs/models/00_mappings.ipynb #d2f9773c
 from collections.abc import Callable
 
 import torch

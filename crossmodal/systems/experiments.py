@@ -32,7 +32,7 @@ def find_system(name: str) -> type[System]:
     if name not in SYSTEMS: raise ValueError(f"unknown system {name!r}: choose one of {', '.join(SYSTEMS)}.")
     return SYSTEMS[name]
 
-# %% ../../nbs/systems/09_experiments.ipynb #94ba919d
+# %% ../../nbs/systems/09_experiments.ipynb #c7b26ea5
 def plan(
     system: str,                            # a name in `SYSTEMS`
     data: str = "digits",                   # a name or a folder, as `open_dataset` takes it
@@ -43,9 +43,10 @@ def plan(
     kind = find_system(system)
     config = override(apply_preset(kind.Config(), kind.presets, preset), changes)
     train_split = kind.open_data(config, data, "train")
-    return config, {"name": train_split.source, "given": Path(data).name, "fingerprint": train_split.fingerprint, "items": len(train_split), "words": list(train_split.vocabulary.words)}
+    return config, {"name": train_split.source, "given": Path(data).name, "fingerprint": train_split.fingerprint,
+                    "items": len(train_split), "words": list(train_split.vocabulary.words)}
 
-# %% ../../nbs/systems/09_experiments.ipynb #be066b46
+# %% ../../nbs/systems/09_experiments.ipynb #98a5c607
 def fit_run(
     run: Run,
     data: str,
@@ -56,7 +57,8 @@ def fit_run(
     config = config_from_json(kind.Config, run.record["config"])
     train_split, val, test = (kind.open_data(config, data, split) for split in ("train", "val", "test"))
     if train_split.fingerprint != run.record["data"]["fingerprint"]:
-        raise RunError(f"{run.folder} was begun on other data: expected fingerprint {run.record['data']['fingerprint']}, found {train_split.fingerprint} in {data}.")
+        expected = run.record["data"]["fingerprint"]
+        raise RunError(f"{run.folder} was begun on other data: expected fingerprint {expected}, found {train_split.fingerprint} in {data}.")
     torch.manual_seed(config.seed)
     system = kind(config, train_split.vocabulary)
     found, spent = latest_checkpoint(run.folder / "checkpoints"), run.record["seconds"]
@@ -64,14 +66,15 @@ def fit_run(
     metrics = Metrics(run.folder)
     early = EarlyStop(metrics, getattr(config, "patience", 0))
     saver = Checkpoints(run.folder, early, found)
-    loop = Loop(system, system.phases(train_split, val), [StopOnNaN(), metrics, early, Samples(run.folder), saver, StopOnSignal(saver)] + ([] if quiet else [Progress()]),
-                config.seed, config.precision)
+    callbacks = [StopOnNaN(), metrics, early, Samples(run.folder), saver, StopOnSignal(saver)] + ([] if quiet else [Progress()])
+    loop = Loop(system, system.phases(train_split, val), callbacks, config.seed, config.precision)
     if found: start_from(loop, found)
     try: loop.fit()
     except Interrupted as stop: raise Interrupted(f"{stop}; go on with `crossmodal resume {run.folder}`") from None
     finally: run.save(seconds=round(spent + time.perf_counter() - started, 1))
     scores = system.eval().evaluate(test)
-    run.save(status="finished", ended=_now(), scores={name: vars(score) | {"values": [round(value, 4) for value in score.values]} for name, score in scores.items()})
+    stored = {name: vars(score) | {"values": [round(value, 4) for value in score.values]} for name, score in scores.items()}
+    run.save(status="finished", ended=_now(), scores=stored)
     return run
 
 
@@ -97,7 +100,8 @@ def train(
 def data_of(run: Run, data: str | None) -> str:
     "Where a run's data are: as given now, or as their name says."
     given = data or run.record["data"]["given"]
-    if given not in DATASETS and not Path(given).is_dir(): raise RunError(f"{run.folder} was trained on {given!r}, which is not here: say where it is with --data.")
+    if given not in DATASETS and not Path(given).is_dir():
+        raise RunError(f"{run.folder} was trained on {given!r}, which is not here: say where it is with --data.")
     return given
 
 

@@ -6,10 +6,10 @@
 __all__ = ['Count', 'Seed', 'C', 'Presets', 'Config', 'override', 'parse_overrides', 'Changed', 'apply_preset', 'differences',
            'config_from_json']
 
-# %% ../../nbs/training/00_config.ipynb #4dd21d89
+# %% ../../nbs/training/00_config.ipynb #c3109f61
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_type_hints
 
 from annotated_types import Ge, Gt
@@ -80,13 +80,14 @@ def apply_preset(
     if name not in presets: raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(presets)}.")
     return override(config, {key: change.value for key, change in presets[name].items()})
 
-# %% ../../nbs/training/00_config.ipynb #72fbbc66
+# %% ../../nbs/training/00_config.ipynb #9c6ff346
 def differences(
     config: Config,
 ) -> dict[str, tuple[Any, Any]]:            # key -> (the paper's value, this one)
     "Where a configuration departs from its paper's defaults."
     paper = type(config)()
-    return {field.name: (getattr(paper, field.name), getattr(config, field.name)) for field in fields(config) if getattr(paper, field.name) != getattr(config, field.name)}
+    both = {field.name: (getattr(paper, field.name), getattr(config, field.name)) for field in fields(config)}
+    return {name: (theirs, ours) for name, (theirs, ours) in both.items() if theirs != ours}
 
 # %% ../../nbs/training/00_config.ipynb #1b7b55ef
 def config_from_json(

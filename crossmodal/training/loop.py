@@ -132,7 +132,7 @@ class Callback:
     def after_fit(self, loop: Loop): "Everything is trained."
     def cleanup(self, loop: Loop): "The loop ends, for whatever reason."
 
-# %% ../../nbs/training/02_loop.ipynb #3c554924
+# %% ../../nbs/training/02_loop.ipynb #47ed3811
 EVERY = 20      # steps between looks at the losses: often enough for a curve, rare enough to cost nothing
 
 
@@ -151,7 +151,8 @@ class StopOnNaN(Callback):
     def look(self, loop):
         for name, value in loop.losses.items():
             if not math.isfinite(value):
-                raise Diverged(f"phase {loop.phase.name}, step {loop.total}: {name} is {value}. The last checkpoint is from before that; lower the learning rate and resume, or look at the data.")
+                raise Diverged(f"phase {loop.phase.name}, step {loop.total}: {name} is {value}. The last checkpoint is from before that. "
+                               "Train again with a lower learning rate, or look at the data.")
 
 # %% ../../nbs/training/02_loop.ipynb #3bdd4ca9
 class Metrics(Callback):

@@ -87,7 +87,7 @@ class Run:
         self.record |= changes
         write_atomic(self.folder / "run.json", record_text(self.record))
 
-# %% ../../nbs/training/03_runs.ipynb #3a981f84
+# %% ../../nbs/training/03_runs.ipynb #630ad2c9
 def _now() -> str: return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -122,7 +122,8 @@ def open_run(folder: str | Path) -> Run:
     except ValueError as error: raise RunError(f"{path} cannot be read ({error}): move {folder} aside and train again.") from error
     if record.get("format") != FORMAT:
         written = record.get("versions", {}).get("crossmodal", "another version")
-        raise RunError(f"{path} has format {record.get('format')}, written by crossmodal {written}; this is crossmodal {metadata.version('crossmodal')}, which reads format {FORMAT}. Install the version that wrote it.")
+        raise RunError(f"{path} has format {record.get('format')}, written by crossmodal {written}; this is crossmodal {metadata.version('crossmodal')}, "
+                       f"which reads format {FORMAT}. Install the version that wrote it.")
     return Run(folder, record)
 
 # %% ../../nbs/training/03_runs.ipynb #05596997

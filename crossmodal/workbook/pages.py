@@ -50,7 +50,7 @@ def render(
     write_atomic(out, body)
     return out
 
-# %% ../../nbs/workbook/01_pages.ipynb #747284d1
+# %% ../../nbs/workbook/01_pages.ipynb #974467c3
 def page_notebooks(folder: Path) -> list[Path]:
     "The workbook's pages: the notebooks named after a system that has a table."
     names = {system for system, _ in IN_WORKBOOK}
@@ -85,7 +85,8 @@ def make_workbook(
         print(f"drawing {notebook.stem} ...", flush=True)
         render(notebook, out / f"{notebook.stem}.html", settings)
         links.append(f'<li><a href="{notebook.stem}.html">{html.escape(notebook.stem.split("_", 1)[1])}</a></li>')
-    style = "body{font:16px/1.5 system-ui;max-width:62rem;margin:2rem auto;padding:0 1rem}td,th{padding:.2rem .8rem;text-align:left}tr:nth-child(even){background:#f4f4f4}"
+    style = ("body{font:16px/1.5 system-ui;max-width:62rem;margin:2rem auto;padding:0 1rem}"
+             "td,th{padding:.2rem .8rem;text-align:left}tr:nth-child(even){background:#f4f4f4}")
     write_atomic(out / "index.html", f"<!doctype html><meta charset=utf-8><title>crossmodal workbook</title><style>{style}</style><h1>crossmodal workbook</h1>"
                  f"<p>Pages with figures:</p><ul>{''.join(links)}</ul>{''.join(body)}\n")
     print(f"tables with their records: {out / 'results'}\npages: {out / 'index.html'}")

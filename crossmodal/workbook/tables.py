@@ -34,7 +34,7 @@ class Cell:
     system: str                             # a name in `SYSTEMS`
     changes: Mapping[str, Any] = field(default_factory=dict)    # what distinguishes this row and column
 
-# %% ../../nbs/workbook/00_tables.ipynb #d14c1bd2
+# %% ../../nbs/workbook/00_tables.ipynb #c88c6f1f
 EMBEDMAP_TABLE1 = {                         # text grey, text coloured, speech grey, speech coloured: paper 002, Table 1, dB
     "Direct (conv)": (14.73, 19.12, 15.26, 19.24),
     "Proposed (conv-vae)": (15.82, 19.49, 16.32, 19.66),
@@ -56,7 +56,8 @@ def embedmap_table1() -> list[Cell]:
             measures = {"PSNR (dB)": ("psnr", figures[k]), "digits read (%)": ("digits", None)}
             if colour: measures["colours read (%)"] = ("colours", None)
             if not direct: measures["picture named (%)"] = ("naming", None)
-            cells += [Cell(row, column, metric, f"{modality}_{score}", paper, "embedmap-direct" if direct else "embedmap", changes) for metric, (score, paper) in measures.items()]
+            system = "embedmap-direct" if direct else "embedmap"
+            cells += [Cell(row, column, metric, f"{modality}_{score}", paper, system, changes) for metric, (score, paper) in measures.items()]
     return cells
 
 
@@ -92,7 +93,7 @@ def questions(cells: Iterable[Cell]) -> list[tuple[str, dict[str, Any]]]:
         if (cell.system, dict(cell.changes)) not in found: found.append((cell.system, dict(cell.changes)))
     return found
 
-# %% ../../nbs/workbook/00_tables.ipynb #4e86e25a
+# %% ../../nbs/workbook/00_tables.ipynb #246cb8f3
 def answer(
     cells: Sequence[Cell],
     data: str = "digits",                   # a name or a folder
@@ -109,12 +110,13 @@ def answer(
         config, described = plan(system, data, preset, wanted)
         name = run_name(system, config, preset, described)
         if name in done: runs.append(done[name]); continue
-        if not quiet: print(f"[{k}/{len(planned)}] {name}: {', '.join(f'{key} {value}' for key, value in wanted.items() if value not in ('', 1, False))}", flush=True)
+        asked = ", ".join(f"{key} {value}" for key, value in wanted.items() if value not in ("", 1, False))
+        if not quiet: print(f"[{k}/{len(planned)}] {name}: {asked}", flush=True)
         place = Path(folder) / name
         runs.append(resume(place, data, quiet) if (place / "run.json").exists() else train(system, data, preset, place, wanted, quiet=quiet))
     return runs
 
-# %% ../../nbs/workbook/00_tables.ipynb #ca14b94e
+# %% ../../nbs/workbook/00_tables.ipynb #916fa85c
 COLUMNS = ["row", "column", "metric", "paper", "ours", "low", "high", "n", "chance", "seeds", "preset", "data", "runs"]
 
 
@@ -139,7 +141,8 @@ def table_row(cell: Cell, records: Sequence[Mapping[str, Any]]) -> dict[str, Any
     estimate, chances = bootstrap_mean([score["values"] for score in scores]), [score["chance"] for score in scores]
     figures = {"ours": estimate.mean, "low": estimate.low, "high": estimate.high, "chance": sum(chances) / len(chances) if None not in chances else None}
     return head | {name: value if value is None else round(value, 3) for name, value in figures.items()} | {
-        "n": estimate.n, "seeds": " ".join(str(record["seed"]) for record in records), "preset": records[0]["preset"], "data": data_name(records[0]), "runs": " ".join(record["id"] for record in records)}
+        "n": estimate.n, "seeds": " ".join(str(record["seed"]) for record in records), "preset": records[0]["preset"],
+        "data": data_name(records[0]), "runs": " ".join(record["id"] for record in records)}
 
 
 def build_table(
@@ -173,7 +176,7 @@ def write_table(
     write_atomic(path, table.to_csv(index=False))
     return path
 
-# %% ../../nbs/workbook/00_tables.ipynb #8afe18c1
+# %% ../../nbs/workbook/00_tables.ipynb #4bc1f8cd
 class UnbackedFigure(ValueError): "A figure in a stored table that no record backs."
 
 
@@ -196,7 +199,8 @@ def check_table(
             record = path.parent / "runs" / f"{name}.json"
             if not record.exists(): raise UnbackedFigure(f"{place}: run {name} has no record.")
             records.append(json.loads(record.read_text(encoding="utf-8")))
-            if records[-1]["id"] != name or records[-1]["status"] != "finished" or not fits(records[-1], cell): raise UnbackedFigure(f"{place}: run {name} does not answer this cell.")
+            if records[-1]["id"] != name or records[-1]["status"] != "finished" or not fits(records[-1], cell):
+                raise UnbackedFigure(f"{place}: run {name} does not answer this cell.")
         fresh = pd.DataFrame([table_row(cell, records)], columns=COLUMNS).iloc[0]
         for column in COLUMNS:
             old, new = getattr(line, column), fresh[column]
@@ -220,7 +224,7 @@ def readable(
     rows, columns = list(dict.fromkeys(part["row"])), list(dict.fromkeys(part["column"]))
     return cells.pivot(index="row", columns="column", values="text").reindex(index=rows, columns=columns).fillna("-").rename_axis(index=None, columns=metric)
 
-# %% ../../nbs/workbook/00_tables.ipynb #435880fe
+# %% ../../nbs/workbook/00_tables.ipynb #53be611f
 PICTURE, TEXT, SPEECH = "#0072B2", "#D55E00", "#009E73"     # the book's colours, safe for the colour-blind
 
 
@@ -229,12 +233,14 @@ def plot_table(
     metric: str = "PSNR (dB)",
 ):
     "Ours with intervals beside the paper's figures; returns the matplotlib figure."
+    import matplotlib.pyplot as plt
     part = table[(table["metric"] == metric) & table["ours"].notna()]
     columns = list(dict.fromkeys(part["column"]))
     fig, axes = plt.subplots(1, len(columns), figsize=(2 + 2.2 * len(columns), 1.6 + .32 * part["row"].nunique()), sharey=True, squeeze=False)
     for ax, column in zip(axes[0], columns):
         lines = part[part["column"] == column].iloc[::-1]
-        ax.errorbar(lines["ours"], lines["row"], xerr=[lines["ours"] - lines["low"], lines["high"] - lines["ours"]], fmt="o", color=PICTURE, capsize=3, label="ours, 95 %")
+        around = [lines["ours"] - lines["low"], lines["high"] - lines["ours"]]
+        ax.errorbar(lines["ours"], lines["row"], xerr=around, fmt="o", color=PICTURE, capsize=3, label="ours, 95 %")
         if lines["paper"].notna().any(): ax.plot(lines["paper"], lines["row"], "D", color=TEXT, label="paper")
         if lines["chance"].notna().any(): ax.axvline(lines["chance"].mean(), color="#777", ls="--", lw=1, label="ignores its input")
         ax.set_title(column, fontsize=9); ax.grid(axis="x", alpha=.3); ax.margins(y=.15)
