@@ -31,7 +31,7 @@ def systems():
             print(f"  preset {preset}" + (": the paper's values" if not changes else ""))
             for key, change in changes.items(): print(f"    {key} = {change.value!r}: {change.why}")
 
-# %% ../nbs/99_cli.ipynb #14f6bb6c
+# %% ../nbs/99_cli.ipynb #7333856a
 def data(
     action: Annotated[Positional[Literal["list", "get", "check"]], arg(help="list what there is, download one, or check that one can be opened")] = "list",
     name: Annotated[Positional[str], arg(help="a dataset's name, or for `check` also a folder")] = "",
@@ -45,7 +45,9 @@ def data(
         if name == "digits": print("digits come with scikit-learn: nothing to get.")
         elif name == "mnist":
             from torchvision.datasets import MNIST
-            MNIST(str(data_folder("mnist")), download=True)
+            try: MNIST(str(data_folder("mnist")), download=True)
+            except (RuntimeError, OSError) as error:
+                raise FileNotFoundError(f"MNIST could not be downloaded ({error}): put its four idx files into {data_folder('mnist')}.") from error
             print(f"MNIST is in {data_folder('mnist')}.")
         else: raise ValueError(f"cannot get {name!r}: choose one of {', '.join(DATASETS)}.")
     else:
@@ -105,7 +107,7 @@ def evaluate(
     "Measure a trained system, on its own data or on other data of the same kind. The run is not changed."
     _print_scores(experiments.evaluate(run, data, split))
 
-# %% ../nbs/99_cli.ipynb #03b5fcac
+# %% ../nbs/99_cli.ipynb #7b4b3f27
 def table(
     system: Annotated[Positional[str], arg(help="whose paper: embedmap", metavar="PAPER")],
     number: Annotated[Positional[str], arg(help="the table's number in the paper, or the name of one of ours, such as speakers", metavar="N")],
@@ -121,7 +123,7 @@ def table(
 ):
     """Rebuild a table of a paper: train what is missing, write its CSV into results/ and the records behind it.
 
-    Example: crossmodal table embedmap 1 --data mnist --preset reduced --seeds 0 1 2 speech=fsdd"""
+    Example: crossmodal table embedmap 1 speech=fsdd --data mnist --preset reduced --seeds 0 1 2"""
     from crossmodal.workbook.tables import answer, build_table, check_table, find_table, readable, table_name, write_table
     cells, name = find_table(system, number), table_name(system, number)
     if check: built = check_table(cells, results / f"{name}.csv")

@@ -27,14 +27,15 @@ def psnr(
     if images.shape != targets.shape: raise ValueError(f"expected pairs of one shape, found {tuple(images.shape)} and {tuple(targets.shape)}.")
     return -10 * (_check(images, "images") - _check(targets, "targets")).pow(2).flatten(1).mean(1).log10()
 
-# %% ../../nbs/metrics/02_similarity.ipynb #27216a31
+# %% ../../nbs/metrics/02_similarity.ipynb #58d41527
 def nearest(
     images: Float[Tensor, "n c h w"],
     gallery: Float[Tensor, "m c h w"],
     block: int = 8192,                      # gallery pictures at a time; bounds the memory
 ) -> Int[Tensor, "n"]:
     "The row of `gallery` nearest to each picture by Euclidean distance."
-    x, best, where = images.flatten(1), torch.full((len(images),), float("inf")), torch.zeros(len(images), dtype=torch.long)
+    x, best = images.flatten(1), torch.full((len(images),), float("inf"), device=images.device)
+    where = torch.zeros(len(images), dtype=torch.long, device=images.device)
     for start in range(0, len(gallery), block):
         y = gallery[start:start + block].flatten(1)
         distance, row = torch.addmm(y.pow(2).sum(1), x, y.T, alpha=-2).min(1)

@@ -46,7 +46,7 @@ def plan(
     return config, {"name": train_split.source, "given": Path(data).name, "fingerprint": train_split.fingerprint,
                     "items": len(train_split), "words": list(train_split.vocabulary.words)}
 
-# %% ../../nbs/systems/09_experiments.ipynb #98a5c607
+# %% ../../nbs/systems/09_experiments.ipynb #172fe697
 def fit_run(
     run: Run,
     data: str,
@@ -64,7 +64,7 @@ def fit_run(
     found, spent = latest_checkpoint(run.folder / "checkpoints"), run.record["seconds"]
     if not found: system.prepare(train_split)
     metrics = Metrics(run.folder)
-    early = EarlyStop(metrics, getattr(config, "patience", 0))
+    early = EarlyStop(metrics)
     saver = Checkpoints(run.folder, early, found)
     callbacks = [StopOnNaN(), metrics, early, Samples(run.folder), saver, StopOnSignal(saver)] + ([] if quiet else [Progress()])
     loop = Loop(system, system.phases(train_split, val), callbacks, config.seed, config.precision)

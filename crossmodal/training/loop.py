@@ -23,12 +23,13 @@ from torch.utils.data import BatchSampler, DataLoader
 from ..data.batch import Batch, BatchDataset
 from .checkpoint import Checkpoint, random_state, restore_random_state, save_checkpoint
 
-# %% ../../nbs/training/02_loop.ipynb #0da5f3d2
+# %% ../../nbs/training/02_loop.ipynb #42b257bb
 class Phase:
     "One stage of training. Subclasses set `name`, `epochs` and `batch_size`, and implement `begin` and `losses` (or `step`)."
     name: str
     epochs: int
     batch_size: int
+    patience: int = 0                       # epochs without a better validation loss before the phase ends; 0: never
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
 
     def begin(self) -> BatchDataset:
@@ -65,7 +66,7 @@ class Phase:
         "Pictures in [-1, 1] that show how far the phase is, or None."
         return None
 
-# %% ../../nbs/training/02_loop.ipynb #87b0a706
+# %% ../../nbs/training/02_loop.ipynb #c8559f38
 class StopPhase(Exception): "Raised by a callback: this phase is done."
 
 
@@ -77,7 +78,11 @@ class Loop:
 
     def __init__(self, module: nn.Module, phases: Sequence[Phase], callbacks: Sequence["Callback"] = (), seed: int = 0, precision: str = "no"):
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+        AcceleratorState._reset_state()     # one process may train at several precisions
         self.accelerator = Accelerator(mixed_precision=precision)
+        if self.accelerator.num_processes > 1:
+            raise ValueError(f"started as {self.accelerator.num_processes} processes, but a run trains in one: start it without `accelerate launch`.")
         self.module, self.phases, self.seed = module.to(self.accelerator.device), phases, seed
         self.callbacks = sorted(callbacks, key=lambda callback: callback.order)
         self.phase_index = self.epoch = self.step = self.total = 0     # step: within the epoch; total: since the run began
@@ -192,21 +197,20 @@ class Metrics(Callback):
 
     def cleanup(self, loop): self.file.close(), self.board.close()
 
-# %% ../../nbs/training/02_loop.ipynb #f2a7b882
+# %% ../../nbs/training/02_loop.ipynb #56e94d95
 class EarlyStop(Callback):
-    "End a phase when its validation loss has not improved for `patience` epochs; 0 never does."
+    "End a phase when its validation loss has not improved for `phase.patience` epochs. The weights are the last ones."
     order = 5           # after Metrics
 
-    def __init__(self, metrics: Metrics, patience: int):
-        self.metrics, self.patience, self.best, self.bad = metrics, patience, math.inf, 0
+    def __init__(self, metrics: Metrics): self.metrics, self.best, self.bad = metrics, math.inf, 0
 
     def before_phase(self, loop):
         if loop.epoch == 0: self.best, self.bad = math.inf, 0
 
     def after_epoch(self, loop):
-        loss = self.metrics.validation.get("loss", -math.inf)
+        loss = self.metrics.validation.get("loss", math.inf)
         self.best, self.bad = (loss, 0) if loss < self.best else (self.best, self.bad + 1)
-        if self.patience and self.bad >= self.patience and loss > -math.inf: raise StopPhase
+        if loop.phase.patience and self.bad >= loop.phase.patience: raise StopPhase
 
 # %% ../../nbs/training/02_loop.ipynb #8b923884
 class Progress(Callback):
@@ -253,7 +257,7 @@ class Samples(Callback):
         self.folder.mkdir(exist_ok=True)
         save_image((images.float().cpu() + 1) / 2, self.folder / f"{loop.phase_index}-{loop.phase.name}-{loop.epoch:03d}.png", nrow=8)
 
-# %% ../../nbs/training/02_loop.ipynb #554a65b8
+# %% ../../nbs/training/02_loop.ipynb #e194ccb6
 class Checkpoints(Callback):
     "Write checkpoints, and start from one."
     order = 20          # after everything that changes state
@@ -274,6 +278,7 @@ class Checkpoints(Callback):
         self.found = None
 
     def save(self, loop, within_phase: bool):
+        if not all(math.isfinite(value) for value in loop.losses.values()): return      # keep the last good one; StopOnNaN will say it
         state = {"phase": loop.phase_index, "epoch": loop.epoch, "step": loop.step, "total": loop.total, "random": random_state()}
         if within_phase:
             state["optimizers"] = [optimizer.state_dict() for optimizer in loop.phase.optimizers]

@@ -24,7 +24,7 @@ import torch
 from .checkpoint import write_atomic
 from .config import Config
 
-# %% ../../nbs/training/03_runs.ipynb #9871a01f
+# %% ../../nbs/training/03_runs.ipynb #a4ad2022
 def versions() -> dict[str, str]:
     "Versions of what the figures depend on."
     names = ("crossmodal", "torch", "torchvision", "numpy", "accelerate", "scikit-learn")
@@ -42,7 +42,9 @@ def git_commit() -> str:
     "The commit of the code, with `+` if files differ from it; empty outside a git checkout."
     here = Path(__file__).parent if "__file__" in globals() else Path.cwd()
     ask = lambda *words: subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)
-    try: head, dirty = ask("rev-parse", "--short", "HEAD"), ask("status", "--porcelain", "--untracked-files=no")
+    try:
+        if "__file__" in globals() and ask("ls-files", "--error-unmatch", __file__).returncode: return ""     # installed inside somebody else's project
+        head, dirty = ask("rev-parse", "--short", "HEAD"), ask("status", "--porcelain", "--untracked-files=no")
     except FileNotFoundError: return ""
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else ""
 
@@ -126,10 +128,10 @@ def open_run(folder: str | Path) -> Run:
                        f"which reads format {FORMAT}. Install the version that wrote it.")
     return Run(folder, record)
 
-# %% ../../nbs/training/03_runs.ipynb #05596997
+# %% ../../nbs/training/03_runs.ipynb #a8191eae
 def finished_runs(
     folder: str | Path = "runs",
 ) -> dict[str, Run]:                        # by name
     "Every finished run in a folder of runs."
     found = (open_run(path.parent) for path in sorted(Path(folder).glob("*/run.json")))
-    return {run.name: run for run in found if run.finished}
+    return {run.name: run for run in found if run.finished and ".old-" not in run.folder.name}

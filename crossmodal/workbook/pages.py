@@ -22,7 +22,7 @@ def page_settings() -> dict:                # what `answer` takes
     return {"data": ask("DATASET", "digits"), "preset": ask("PRESET", "smoke"), "seeds": [int(seed) for seed in ask("SEEDS", "0").split()],
             "changes": {"speech": speech} if speech else {}, "folder": ask("RUNS", "../../runs/smoke"), "quiet": True}
 
-# %% ../../nbs/workbook/01_pages.ipynb #1e6cb9bf
+# %% ../../nbs/workbook/01_pages.ipynb #4d10c517
 class PageFailed(RuntimeError): "A workbook notebook did not run."
 
 
@@ -37,15 +37,13 @@ def render(
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
     from nbconvert import HTMLExporter
-    from traitlets.config import Config
     notebook, out = Path(notebook), Path(out)
     content = nbformat.read(notebook, as_version=4)
     environment = os.environ | {f"CROSSMODAL_{key}": value for key, value in settings.items()}
     client = NotebookClient(content, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(notebook.parent.resolve())}})
     try: client.execute(env=environment)
     except CellExecutionError as error: raise PageFailed(f"{notebook}: a cell failed.\n{error}") from error
-    tags = {"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": ["hide"]}}
-    body, _ = HTMLExporter(config=Config(tags), embed_images=True).from_notebook_node(content)
+    body, _ = HTMLExporter(embed_images=True).from_notebook_node(content)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, body)
     return out

@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['EMBEDMAP_TABLE1', 'TABLES', 'IN_WORKBOOK', 'COLUMNS', 'PICTURE', 'TEXT', 'SPEECH', 'Cell', 'embedmap_table1',
            'embedmap_speakers', 'table_name', 'find_table', 'questions', 'answer', 'fits', 'data_name', 'table_row',
-           'build_table', 'write_table', 'UnbackedFigure', 'check_table', 'readable', 'plot_table']
+           'build_table', 'write_table', 'UnbackedFigure', 'check_table', 'readable', 'plot_table',
+           'paired_differences']
 
-# %% ../../nbs/workbook/00_tables.ipynb #4786ffcf
+# %% ../../nbs/workbook/00_tables.ipynb #012b3893
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..metrics.intervals import bootstrap_mean
 from ..systems.experiments import plan, resume, train
@@ -34,7 +37,7 @@ class Cell:
     system: str                             # a name in `SYSTEMS`
     changes: Mapping[str, Any] = field(default_factory=dict)    # what distinguishes this row and column
 
-# %% ../../nbs/workbook/00_tables.ipynb #c88c6f1f
+# %% ../../nbs/workbook/00_tables.ipynb #424e4c1a
 EMBEDMAP_TABLE1 = {                         # text grey, text coloured, speech grey, speech coloured: paper 002, Table 1, dB
     "Direct (conv)": (14.73, 19.12, 15.26, 19.24),
     "Proposed (conv-vae)": (15.82, 19.49, 16.32, 19.66),
@@ -67,7 +70,7 @@ def embedmap_speakers() -> list[Cell]:
     for speaker in ("george", "jackson", "lucas", "nicolas", "theo", "yweweler"):
         changes = {"colour": False, "autoencoder": "mlp-vae", "speech": "fsdd", "recordings": 50, "unheard": speaker}
         cells += [Cell(speaker, column, "digits read (%)", score, None, "embedmap", changes)
-                  for column, score in (("never heard", "unheard_digits"), ("the other five", "speech_digits"))]
+                  for column, score in (("ten takes, never heard", "unheard_digits"), ("others, one recording it learned from", "speech_digits"))]
     return cells
 
 
@@ -116,7 +119,7 @@ def answer(
         runs.append(resume(place, data, quiet) if (place / "run.json").exists() else train(system, data, preset, place, wanted, quiet=quiet))
     return runs
 
-# %% ../../nbs/workbook/00_tables.ipynb #916fa85c
+# %% ../../nbs/workbook/00_tables.ipynb #2683c9e9
 COLUMNS = ["row", "column", "metric", "paper", "ours", "low", "high", "n", "chance", "seeds", "preset", "data", "runs"]
 
 
@@ -127,8 +130,8 @@ def fits(record: Mapping[str, Any], cell: Cell) -> bool:
 
 def data_name(record: Mapping[str, Any]) -> str:
     "What the run learned from, as a table names it: pictures, and recordings where they were not the bundled ones."
-    speech = record["config"].get("speech", "bundled")
-    return record["data"]["name"] + ("" if speech == "bundled" else f", {Path(speech).name} speech")
+    speech, colour = record["config"].get("speech", "bundled"), record["config"].get("colour")
+    return record["data"]["name"] + ("" if speech == "bundled" else f", {Path(speech).name} speech" + " with bundled colour words" * bool(colour))
 
 
 def table_row(cell: Cell, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -154,7 +157,7 @@ def build_table(
     rows = [table_row(cell, sorted((record for record in records if fits(record, cell)), key=lambda record: record["seed"])) for cell in cells]
     return pd.DataFrame(rows, columns=COLUMNS)
 
-# %% ../../nbs/workbook/00_tables.ipynb #079ff6b0
+# %% ../../nbs/workbook/00_tables.ipynb #5842a98b
 def write_table(
     table: "pd.DataFrame",
     runs: Sequence[Run],
@@ -168,6 +171,10 @@ def write_table(
     if path.exists() and not force:
         kind = lambda frame: sorted({(row.preset, row.data) for row in frame.dropna(subset=["preset"]).itertuples()})
         old, new = kind(pd.read_csv(path)), kind(table)
+        ids = lambda frame: {name for cell in frame["runs"].fillna("") for name in cell.split()}
+        lost = ids(pd.read_csv(path)) - ids(table)
+        if old == new and lost:
+            raise RunError(f"{path} also stands on {len(lost)} other runs, such as {min(lost)}. Add their seeds, or replace it with --force.")
         if old and old != new: raise RunError(f"{path} holds {old}; this table is {new}. Choose another --results, or replace it with --force.")
     (path.parent / "runs").mkdir(parents=True, exist_ok=True)
     named = {name for cell in table["runs"].fillna("") for name in cell.split()}
@@ -176,7 +183,7 @@ def write_table(
     write_atomic(path, table.to_csv(index=False))
     return path
 
-# %% ../../nbs/workbook/00_tables.ipynb #4bc1f8cd
+# %% ../../nbs/workbook/00_tables.ipynb #b6eaf130
 class UnbackedFigure(ValueError): "A figure in a stored table that no record backs."
 
 
@@ -206,9 +213,11 @@ def check_table(
             old, new = getattr(line, column), fresh[column]
             if not (pd.isna(old) and (pd.isna(new) or new == "")) and old != new and not (isinstance(old, float) and abs(old - new) < 2e-3):
                 raise UnbackedFigure(f"{place}: {column} is {old}, the records say {new}.")
+    if gone := set(by_place) - set(zip(stored["row"], stored["column"], stored["metric"])):
+        raise UnbackedFigure(f"{path.name} lacks {len(gone)} cells, such as {' / '.join(min(gone))}.")
     return stored
 
-# %% ../../nbs/workbook/00_tables.ipynb #ea2bd6eb
+# %% ../../nbs/workbook/00_tables.ipynb #e3f3c52e
 def readable(
     table: "pd.DataFrame",
     metric: str = "PSNR (dB)",
@@ -220,9 +229,12 @@ def readable(
         digits = 0 if line["high"] - line["low"] > 10 else 1 if line["high"] - line["low"] > .5 else 2
         paper = "" if line["paper"] != line["paper"] or line["paper"] is None else f" ({line['paper']:g})"
         return f"{line['ours']:.{digits}f} [{line['low']:.{digits}f}, {line['high']:.{digits}f}]{paper}"
-    cells = part.assign(text=part.apply(text, axis=1))
+    cells, ran = part.assign(text=part.apply(text, axis=1)), part[part["ours"].notna()]
+    heading = f"{metric}; seeds {ran['seeds'].iloc[0]}, n {ran['n'].min()}" if len(ran) else metric
+    chance = sorted({f"{value:.3g}" for value in ran["chance"].dropna()}, key=float)
+    if chance: heading += f", ignoring its input {chance[0]}" + (f" to {chance[-1]}" if len(chance) > 1 else "")
     rows, columns = list(dict.fromkeys(part["row"])), list(dict.fromkeys(part["column"]))
-    return cells.pivot(index="row", columns="column", values="text").reindex(index=rows, columns=columns).fillna("-").rename_axis(index=None, columns=metric)
+    return cells.pivot(index="row", columns="column", values="text").reindex(index=rows, columns=columns).fillna("-").rename_axis(index=None, columns=heading)
 
 # %% ../../nbs/workbook/00_tables.ipynb #53be611f
 PICTURE, TEXT, SPEECH = "#0072B2", "#D55E00", "#009E73"     # the book's colours, safe for the colour-blind
@@ -249,3 +261,23 @@ def plot_table(
     fig.tight_layout(rect=(0, .08, 1, 1))
     plt.close(fig)
     return fig
+
+# %% ../../nbs/workbook/00_tables.ipynb #a03dda90
+def paired_differences(
+    cells: Sequence[Cell],
+    records: Sequence[Mapping[str, Any]],
+    baseline: str,                          # a row
+    metric: str = "PSNR (dB)",
+) -> "pd.DataFrame":                        # rows by columns: "difference [low, high]"
+    "Every row minus the baseline row, paired by seed and held-out number, with the two-level bootstrap interval."
+    import pandas as pd
+    by_place = {(cell.row, cell.column): {record["seed"]: record["scores"][cell.score]["values"] for record in records if fits(record, cell)}
+                for cell in cells if cell.metric == metric}
+    table: dict[str, dict[str, str]] = {}
+    for (row, column), ours in by_place.items():
+        theirs = by_place.get((baseline, column), {})
+        seeds = sorted(set(ours) & set(theirs))
+        if row == baseline or not seeds: continue
+        difference = bootstrap_mean([np.subtract(ours[seed], theirs[seed]) for seed in seeds])
+        table.setdefault(column, {})[row] = f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
+    return pd.DataFrame(table).rename_axis(columns=f"{metric}, minus {baseline}")
