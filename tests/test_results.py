@@ -1,0 +1,67 @@
+"""Every figure in results/ comes out of the records beside it, and one that does not is refused."""
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from crossmodal.workbook.tables import COLUMNS, TABLES, UnbackedFigure, check_table, find_table, table_name
+
+RESULTS = Path(__file__).parents[1] / "results"
+ALL = [pytest.param(key, id=table_name(*key)) for key in TABLES]
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    "A copy of results/ that a test may spoil."
+    return Path(shutil.copytree(RESULTS, tmp_path / "results"))
+
+
+@pytest.mark.parametrize("key", ALL)
+def test_every_stored_figure_is_backed(key):
+    table = check_table(find_table(*key), RESULTS / f"{table_name(*key)}.csv")
+    assert list(table.columns) == COLUMNS and table["ours"].notna().all()
+
+
+def test_every_record_is_named_by_a_table():
+    named = {name for key in TABLES for cell in pd.read_csv(RESULTS / f"{table_name(*key)}.csv")["runs"] for name in cell.split()}
+    assert {path.stem for path in (RESULTS / "runs").glob("*.json")} == named
+
+
+@pytest.mark.parametrize("key", ALL)
+@pytest.mark.parametrize("column, value", [("ours", 99.9), ("low", 0.1), ("n", 1), ("chance", 77.0), ("preset", "paper"), ("data", "other")])
+def test_an_altered_figure_is_refused(copy, key, column, value):
+    path = copy / f"{table_name(*key)}.csv"
+    table = pd.read_csv(path, dtype={"seeds": str})
+    table.loc[0, column] = value
+    table.to_csv(path, index=False)
+    with pytest.raises(UnbackedFigure, match=f"{column} is {value}"):
+        check_table(find_table(*key), path)
+
+
+def test_a_record_of_another_row_is_refused(copy):
+    path = copy / "embedmap_table1.csv"
+    table = pd.read_csv(path, dtype={"seeds": str})
+    rows = table["row"] == "Proposed (mlp-ae)"
+    table.loc[rows, "runs"] = table.loc[table["row"] == "Proposed (mlp-vae)", "runs"].values
+    table.to_csv(path, index=False)
+    with pytest.raises(UnbackedFigure, match="does not answer this cell"):
+        check_table(find_table("embedmap", "1"), path)
+
+
+def test_an_altered_record_is_refused(copy):
+    record = next(iter(sorted((copy / "runs").glob("embedmap-mnist-*.json"))))
+    text = record.read_text()
+    start = text.index('"text_psnr": {"values": [') + len('"text_psnr": {"values": [')
+    record.write_text(text[:start] + "60.0, " + text[text.index(", ", start) + 2:])
+    with pytest.raises(UnbackedFigure):
+        for key in TABLES:
+            check_table(find_table(*key), copy / f"{table_name(*key)}.csv")
+
+
+def test_a_missing_line_is_refused(copy):
+    path = copy / "embedmap_table1.csv"
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(UnbackedFigure, match="lacks 1 cells"):
+        check_table(find_table("embedmap", "1"), path)
