@@ -2,7 +2,8 @@
 
     python tests/bench/channels_last.py [--repeats 15]
 
-The same weights and pictures twice, in both layouts: the losses must agree first; then training steps take turns. The figure is plain / channels-last, the median over repeats, with the range."""
+The same weights and pictures twice, in both layouts: the losses must agree first; then training steps take turns.
+The figure is plain / channels-last, the median over repeats, with the range."""
 import argparse
 import copy
 import statistics
