@@ -214,21 +214,22 @@ class DoubleDigits:
         spec = f"{self.pool.fingerprint} {self.split} {self.colour} {self.seed} {self.per_number}"
         return hashlib.sha256(spec.encode()).hexdigest()[:12]
 
-# %% ../../nbs/data/04_digits.ipynb #14ae5feb
+# %% ../../nbs/data/04_digits.ipynb #92981280
 def show_digits(
     images: Float[Tensor, "b c h w"],       # in [-1, 1]
     titles: Sequence[str] = (),             # one above each picture
     columns: int = 8,
-    width: float = 1.25,                    # inches per picture
+    width: float = 1.,                      # inches per picture
 ):
     "Draw pictures in a grid; returns the figure."
     import matplotlib.pyplot as plt
     rows = -(-len(images) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(columns * width, rows * (width / 2 + .25 * bool(titles))), squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(columns * width, rows * (width / 2 + .4 * bool(titles))), dpi=80, squeeze=False)
     for ax in axes.flat: ax.axis("off")
     for k, (ax, image) in enumerate(zip(axes.flat, (images.float().cpu().clamp(-1, 1) + 1) / 2)):
-        ax.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1)
-        if titles: ax.set_title(titles[k], fontsize=7, pad=2)
+        ax.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        words = titles[k].split() if titles else []
+        if words: ax.set_title(" ".join(words[:2]) + "\n" * (len(words) > 2) + " ".join(words[2:]), fontsize=7, pad=2)
     fig.tight_layout(pad=.3)
     plt.close(fig)
     return fig
