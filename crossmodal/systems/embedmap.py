@@ -33,7 +33,7 @@ from .base import Score, System
 from ..training.config import Changed, Config, Count, Patience, Rate
 from ..training.loop import Phase
 
-# %% ../../nbs/systems/02_embedmap.ipynb #05501ad3
+# %% ../../nbs/systems/02_embedmap.ipynb #1a436a1a
 AUTOENCODERS = {"conv-vae": conv_vae, "mlp-vae": mlp_vae, "conv-ae": conv_ae, "mlp-ae": mlp_ae}
 
 
@@ -69,7 +69,7 @@ SHARED_PRESETS = {
 }
 EMBEDMAP_PRESETS = {
     "smoke": SHARED_PRESETS["smoke"] | {"autoencoder_images": Changed(2_000, "a test must end in seconds")},
-    "quick": SHARED_PRESETS["quick"] | {"autoencoder_images": Changed(50_000, "two cores, minutes for ten trainings")},
+    "quick": SHARED_PRESETS["quick"] | {"autoencoder_images": Changed(150_000, "two cores, minutes for ten trainings")},
     "reduced": SHARED_PRESETS["reduced"] | {
         "autoencoder_images": Changed(504_000, "two cores, two hours for thirty trainings: six times through the grey pictures, once the coloured"),
         "mapping_images": Changed(1_008_000, "codes are cheap: twelve times through the grey ones, three times through the coloured")},
