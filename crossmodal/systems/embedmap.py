@@ -318,7 +318,7 @@ class MappingPhase(Phase):
 
     def samples(self): return self.system.images_from_texts(self.train.class_names[:64])
 
-# %% ../../nbs/systems/02_embedmap.ipynb #c67b630c
+# %% ../../nbs/systems/02_embedmap.ipynb #2bcc0a5f
 class EmbedMap(NamedDigits):
     "Words and speech to two-digit pictures and back, through constrained embedding spaces (paper 002)."
     title = "words or speech <-> two-digit pictures, also for numbers never seen (paper 002)"
@@ -326,7 +326,7 @@ class EmbedMap(NamedDigits):
 
     def __init__(self, config: EmbedMapConfig, vocabulary: Vocabulary):
         super().__init__(config, vocabulary)
-        # channels-last weights make these small convolutions about 1.5 times faster on a CPU; the numbers are the same
+        # channels-last weights: the same loss, 1.4 to 2 times faster on a CPU (tests/bench/channels_last.py)
         self.autoencoder = AUTOENCODERS[config.autoencoder](self.channels).to(memory_format=torch.channels_last)
         self.normalize = Normalize(self.autoencoder.code_width)
 
