@@ -67,13 +67,7 @@ torn_in_some_way = pytest.mark.parametrize("name, damage", [(name, damage) for n
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Sums are then added in the same order in every run."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

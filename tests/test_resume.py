@@ -39,13 +39,7 @@ train("embedmap", preset="smoke", out=folder, changes=changes, quiet=True)
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Sums are then added in the same order here and in the other process."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", autouse=True)
