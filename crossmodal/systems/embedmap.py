@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['AUTOENCODERS', 'SHARED_PRESETS', 'EMBEDMAP_PRESETS', 'NamedDigitsConfig', 'EmbedMapConfig', 'epochs_for', 'Names',
-           'take_table', 'spoken_words', 'NamedDigits', 'DirectPhase', 'DirectMap', 'AutoencoderPhase', 'Codes',
-           'encode_dataset', 'MappingPhase', 'EmbedMap', 'by_number', 'drawing_scores', 'reading_scores',
-           'naming_scores', 'unheard_scores']
+           'take_table', 'spoken_words', 'NamedDigits', 'validation_loss', 'DirectPhase', 'DirectMap',
+           'AutoencoderPhase', 'Codes', 'encode_dataset', 'MappingPhase', 'EmbedMap', 'by_number', 'drawing_scores',
+           'reading_scores', 'naming_scores', 'unheard_scores']
 
-# %% ../../nbs/systems/02_embedmap.ipynb #816f1ad0
+# %% ../../nbs/systems/02_embedmap.ipynb #7fc320ca
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.batch import Batch
+from ..data.batch import Batch, BatchDataset
 from ..data.captioned import open_dataset
 from ..data.digits import DoubleDigits, class_captions, class_names
 from ..data.speech import Recordings, open_speech
@@ -189,7 +189,17 @@ class NamedDigits(System):
     def draw(self, modality: str, vectors: Float[Tensor, "b y"]) -> Float[Tensor, "b c 28 56"]:
         raise NotImplementedError
 
-# %% ../../nbs/systems/02_embedmap.ipynb #bcf514c9
+# %% ../../nbs/systems/02_embedmap.ipynb #2dbe749b
+def validation_loss(
+    phase: Phase,
+    val: BatchDataset,
+    most: int = 2000,                       # items, spread evenly: they lie in the order of their numbers
+) -> dict[str, float]:
+    "What every phase here watches: its own loss on unseen handwriting."
+    some = range(0, len(val), max(1, len(val) // most))
+    return {"loss": float(phase.losses(val[some].to(phase.accelerator.device))["loss"])}
+
+
 class DirectPhase(Phase):
     "Regress pixels from names."
     name = "direct"
@@ -209,9 +219,7 @@ class DirectPhase(Phase):
             errors[modality] = F.mse_loss(drawn, batch.images)
         return {"loss": sum(errors.values())} | errors
 
-    def validate(self):
-        some = range(0, len(self.val), max(1, len(self.val) // 2000))
-        return {"loss": float(self.losses(self.val[some].to(self.accelerator.device))["loss"])}
+    def validate(self): return validation_loss(self, self.val)
 
     def samples(self): return self.system.images_from_texts(self.val.class_names[:64])
 
@@ -232,7 +240,7 @@ class DirectMap(NamedDigits):
 
     def evaluate(self, test): return drawing_scores(self, test)
 
-# %% ../../nbs/systems/02_embedmap.ipynb #7d0f6a97
+# %% ../../nbs/systems/02_embedmap.ipynb #d820f366
 class AutoencoderPhase(Phase):
     "Learn to press pictures into codes and back (paper 002, section A.1)."
     name = "autoencoder"
@@ -253,9 +261,7 @@ class AutoencoderPhase(Phase):
         divergence = kl_to_standard_normal(*posterior).mean()
         return {"loss": reconstruction + divergence, "reconstruction": reconstruction, "divergence": divergence}
 
-    def validate(self):
-        some = range(0, len(self.val), max(1, len(self.val) // 2000))
-        return {"loss": float(self.losses(self.val[some].to(self.accelerator.device))["loss"])}
+    def validate(self): return validation_loss(self, self.val)
 
     def samples(self):
         images = self.val[range(0, len(self.val), max(1, len(self.val) // 16))].images[:16].to(self.accelerator.device)
@@ -288,7 +294,7 @@ def encode_dataset(
     parts = [autoencoder.encode(dataset[range(k, min(k + block, len(dataset)))].images.to(device)).cpu() for k in range(0, len(dataset), block)]
     return Codes(torch.cat(parts), dataset.captions[dataset.classes], dataset.classes)
 
-# %% ../../nbs/systems/02_embedmap.ipynb #9d74ada1
+# %% ../../nbs/systems/02_embedmap.ipynb #e858c951
 class MappingPhase(Phase):
     "Learn $f_Y$ and $f'_Y$ for text and for speech (paper 002, eq. 2)."
     name = "mapping"
@@ -314,7 +320,7 @@ class MappingPhase(Phase):
             terms[f"{modality}_L3"] = F.mse_loss(names.decoder(latents), vectors)
         return {"loss": sum(terms.values())} | terms
 
-    def validate(self): return {"loss": float(self.losses(self.val_codes[range(len(self.val_codes))].to(self.accelerator.device))["loss"])}
+    def validate(self): return validation_loss(self, self.val_codes)
 
     def samples(self): return self.system.images_from_texts(self.train.class_names[:64])
 
