@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Pictures', 'Batch', 'BatchDataset']
 
-# %% ../../nbs/data/02_batch.ipynb #8e9e42eb
+# %% ../../nbs/data/02_batch.ipynb #7fb9d6eb
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
@@ -13,7 +13,7 @@ from typing import Protocol
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# %% ../../nbs/data/02_batch.ipynb #b88752bc
+# %% ../../nbs/data/02_batch.ipynb #e39f760b
 Pictures = Float[Tensor, "b c h w"]
 
 
@@ -33,8 +33,9 @@ class Batch:
         move = lambda x: tuple(map(move, x)) if isinstance(x, tuple) else x.to(device, non_blocking=non_blocking)
         return Batch(*(move(getattr(self, field.name)) for field in fields(self)))
 
-# %% ../../nbs/data/02_batch.ipynb #01652f44
+# %% ../../nbs/data/02_batch.ipynb #2b6fc5d7
 class BatchDataset(Protocol):
     "What the loop asks of a dataset."
+    epoch: int                                                     # set by the loop: crops and the choice of captions depend on it
     def __len__(self) -> int: ...                                  # items in this split
     def __getitem__(self, indices: Sequence[int]) -> Batch: ...    # the items at these positions

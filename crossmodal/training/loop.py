@@ -6,7 +6,7 @@
 __all__ = ['EVERY', 'Phase', 'StopPhase', 'Interrupted', 'Loop', 'Callback', 'Diverged', 'StopOnNaN', 'Metrics', 'EarlyStop',
            'Progress', 'Samples', 'Checkpoints', 'start_from', 'StopOnSignal']
 
-# %% ../../nbs/training/02_loop.ipynb #55ce0ac2
+# %% ../../nbs/training/02_loop.ipynb #fdb6f25c
 import json
 import math
 import signal
@@ -23,7 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from ..data.batch import Batch, BatchDataset
 from .checkpoint import Checkpoint, random_state, restore_random_state, save_checkpoint
 
-# %% ../../nbs/training/02_loop.ipynb #42b257bb
+# %% ../../nbs/training/02_loop.ipynb #bd199b06
 class Phase:
     "One stage of training. Subclasses set `name`, `epochs` and `batch_size`, and implement `begin` and `losses` (or `step`)."
     name: str
@@ -66,7 +66,7 @@ class Phase:
         "Pictures in [-1, 1] that show how far the phase is, or None."
         return None
 
-# %% ../../nbs/training/02_loop.ipynb #c8559f38
+# %% ../../nbs/training/02_loop.ipynb #3fbc5434
 class StopPhase(Exception): "Raised by a callback: this phase is done."
 
 
@@ -93,6 +93,7 @@ class Loop:
 
     def batches(self) -> Iterator[Batch]:
         "What is left of this epoch, in its own shuffled order."
+        self.dataset.epoch = self.epoch
         generator = torch.Generator().manual_seed(hash((self.seed, self.phase_index, self.epoch)) % 2**63)
         order = torch.randperm(len(self.dataset), generator=generator).tolist()
         start = self.step * self.phase.batch_size
@@ -125,7 +126,7 @@ class Loop:
         self.phase_index, self.epoch, self.step = self.phase_index + 1, 0, 0
         self.notify("after_phase")
 
-# %% ../../nbs/training/02_loop.ipynb #aa1ce244
+# %% ../../nbs/training/02_loop.ipynb #ccf47864
 class Callback:
     "Something that happens beside training. Lower `order` runs first."
     order = 0
@@ -137,7 +138,7 @@ class Callback:
     def after_fit(self, loop: Loop): "Everything is trained."
     def cleanup(self, loop: Loop): "The loop ends, for whatever reason."
 
-# %% ../../nbs/training/02_loop.ipynb #47ed3811
+# %% ../../nbs/training/02_loop.ipynb #34cf78b4
 EVERY = 20      # steps between looks at the losses: often enough for a curve, rare enough to cost nothing
 
 
@@ -159,7 +160,7 @@ class StopOnNaN(Callback):
                 raise Diverged(f"phase {loop.phase.name}, step {loop.total}: {name} is {value}. The last checkpoint is from before that. "
                                "Train again with a lower learning rate, or look at the data.")
 
-# %% ../../nbs/training/02_loop.ipynb #3bdd4ca9
+# %% ../../nbs/training/02_loop.ipynb #e0646311
 class Metrics(Callback):
     "Write losses and validation figures to `metrics.jsonl` and TensorBoard."
 
@@ -197,7 +198,7 @@ class Metrics(Callback):
 
     def cleanup(self, loop): self.file.close(), self.board.close()
 
-# %% ../../nbs/training/02_loop.ipynb #56e94d95
+# %% ../../nbs/training/02_loop.ipynb #feaae5a4
 class EarlyStop(Callback):
     "End a phase when its validation loss has not improved for `phase.patience` epochs. The weights are the last ones."
     order = 5           # after Metrics
@@ -212,7 +213,7 @@ class EarlyStop(Callback):
         self.best, self.bad = (loss, 0) if loss < self.best else (self.best, self.bad + 1)
         if loop.phase.patience and self.bad >= loop.phase.patience: raise StopPhase
 
-# %% ../../nbs/training/02_loop.ipynb #8b923884
+# %% ../../nbs/training/02_loop.ipynb #5c982655
 class Progress(Callback):
     "A progress bar per phase; one line per epoch where output is not a screen."
     order = 10
@@ -242,7 +243,7 @@ class Progress(Callback):
     def cleanup(self, loop):
         if hasattr(self, "bar"): self.bar.close()
 
-# %% ../../nbs/training/02_loop.ipynb #0f6c622e
+# %% ../../nbs/training/02_loop.ipynb #c9427b17
 class Samples(Callback):
     "Save `phase.samples()` as a PNG after every epoch."
 
@@ -257,7 +258,7 @@ class Samples(Callback):
         self.folder.mkdir(exist_ok=True)
         save_image((images.float().cpu() + 1) / 2, self.folder / f"{loop.phase_index}-{loop.phase.name}-{loop.epoch:03d}.png", nrow=8)
 
-# %% ../../nbs/training/02_loop.ipynb #e194ccb6
+# %% ../../nbs/training/02_loop.ipynb #adb9dad7
 class Checkpoints(Callback):
     "Write checkpoints, and start from one."
     order = 20          # after everything that changes state
@@ -298,7 +299,7 @@ def start_from(loop: Loop, checkpoint: Checkpoint):
     position = checkpoint.state
     loop.phase_index, loop.epoch, loop.step, loop.total = (position[key] for key in ("phase", "epoch", "step", "total"))
 
-# %% ../../nbs/training/02_loop.ipynb #e8c8b89e
+# %% ../../nbs/training/02_loop.ipynb #24dac95c
 class StopOnSignal(Callback):
     "On the first Ctrl-C (or SIGTERM) finish the step, write a checkpoint and raise `Interrupted`; on the second stop at once."
     order = 30
