@@ -28,8 +28,9 @@ clean:  ## remove all that can be made again, .venv too; runs/ and data stay
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 
 # torch and torchvision are held to a pair that is known to load together. Versions already locked are kept unless
-# `make lock UPGRADE=--upgrade`.
+# `make lock UPGRADE=--upgrade`. uv remembers what setup.py said until setup.py is newer, and settings.ini is all it says.
 lock: | $(UV)  ## pin the requirements of settings.ini again, for every platform
+	@touch setup.py
 	@$(UV) pip compile setup.py --extra dev --constraint <(printf '%s\n' torch==2.14.1 torchvision==0.29.1) \
 	    --universal --python-version $(MIN_PYTHON) --no-annotate --quiet $(UPGRADE) --output-file requirements.lock \
 	    --custom-compile-command 'make lock    (from settings.ini, for every platform and Python >= $(MIN_PYTHON))'
@@ -48,7 +49,9 @@ $(UV):
 	@.venv/bin/python -m pip install -qq --disable-pip-version-check --force-reinstall --constraint requirements.lock uv
 
 # uv does not read pip's configuration, so an index that is configured there is handed over, with pip's rule for more
-# than one index: the best version of all. Every version is pinned, so this changes where a file comes from, not which.
+# than one index: the best version of all. Every version is pinned, so this changes where a file comes from, not which;
+# but where two indexes hold different files of one version, uv takes the first index's and pip the best file. An index
+# that was added later is there for what the earlier ones lack, so the order is turned round.
 pip-says = $$(.venv/bin/pip config list | sed -nE "s/^(:env:|global|install)\.$(1)='(.*)'/\2/p" | sed -n '1{s/\\n/ /g;p;}')
 
 # .unfinished is there while packages are being written. If it is found, the last time was cut short and any package
@@ -57,7 +60,7 @@ $(READY): requirements.lock settings.ini setup.py | $(UV)
 	@echo "Installing the packages of requirements.lock into .venv (the first time on Linux: 3.5 GB, most of it CUDA)"
 	@set -o pipefail; index="$(call pip-says,index-url)" more="$(call pip-says,extra-index-url)"; \
 	[ -z "$$index" ] || export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$index}"; \
-	[ -z "$$more" ] || export UV_INDEX="$${UV_INDEX:-$$more}" UV_INDEX_STRATEGY=unsafe-best-match; \
+	[ -z "$$more" ] || export UV_INDEX="$${UV_INDEX:-$$(printf '%s\n' $$more | tac | xargs)}" UV_INDEX_STRATEGY=unsafe-best-match; \
 	again=; [ ! -e .venv/.unfinished ] || again=--reinstall; \
 	rm -f $@; touch .venv/.unfinished; \
 	$(UV) pip install --python .venv/bin/python $$again --requirements requirements.lock 2>&1 \

@@ -28,7 +28,7 @@ setup(
         "Programming Language :: Python :: 3",
     ],
     packages=find_packages(include=["crossmodal*"]),
-    package_data={"crossmodal": ["data/bundled/*.csv"]},
+    package_data={"crossmodal": ["data/bundled/*.csv", "metrics/bundled/*.safetensors"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     python_requires=f">={cfg['min_python']}",

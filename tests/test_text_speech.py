@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from crossmodal.data.speech import bundled, mfcc, open_speech, read_wav
-from crossmodal.data.text import PAD, Vocabulary, read_word_vectors, word_vectors
+from crossmodal.data.text import END, PAD, SPECIALS, START, TOKENIZERS, UNKNOWN, Vocabulary, read_word_vectors, shorten, word_vectors
 
 ROWS = np.random.default_rng(0).normal(size=(60, 20))
 LINES = [f"word{i} " + " ".join(f"{v:.4f}" for v in row) for i, row in enumerate(ROWS)]
@@ -91,6 +92,80 @@ def test_large_vocabulary_round_trips():
     captions, lengths = vocabulary.encode(["w0 w29999", "w5"])
     assert captions.tolist() == [[1, 30_000], [6, PAD]] and lengths.tolist() == [2, 1]
     assert Vocabulary(json.loads(json.dumps(list(vocabulary.words)))) == vocabulary
+
+
+WORDS = [f"w{i}" for i in range(40)]
+
+
+@pytest.mark.parametrize("tokenizer", list(TOKENIZERS))
+def test_encoding_round_trips_with_every_tokenizer(tokenizer):
+    rng = np.random.default_rng(1)
+    texts = [" ".join(rng.choice(WORDS, size=n)) for n in rng.integers(1, 30, size=500)]
+    for specials in ((), (UNKNOWN,), (START, END), SPECIALS):
+        vocabulary = Vocabulary.build(texts, specials=specials, tokenizer=tokenizer)
+        captions, lengths = vocabulary.encode(texts)
+        assert vocabulary.decode(captions) == texts
+        assert lengths.tolist() == [len(text.split()) + 2 * (START in specials) for text in texts]
+        assert ((captions != PAD).sum(1) == lengths).all() and captions.dtype == lengths.dtype == torch.int64
+        assert [vocabulary.numbers[word] for word in SPECIALS if word in specials] == list(range(1, len(specials) + 1))
+
+
+def test_vocabulary_of_no_words_and_encoding_of_no_texts():
+    assert len(Vocabulary.build([])) == 1
+    captions, lengths = Vocabulary(("red",)).encode([])
+    assert captions.shape == (0, 0) and lengths.shape == (0,)
+
+
+def test_words_do_not_depend_on_the_order_of_texts():
+    texts = [f"w{i % 7} w{i % 5} w{i}" for i in range(60)]
+    assert Vocabulary.build(texts).words == Vocabulary.build(reversed(texts)).words == Vocabulary.build(iter(texts)).words
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b'"red"', b'{"words": null}', b'{"words": ["a"], "tokenizer": ["x"]}',
+                                     b'{"words": ["a"], "tokenizer": "letters"}', b'["a", "a"]', b"\xff\xfe\x00", b"null"])
+def test_foreign_or_torn_vocabulary_is_named(tmp_path, content):
+    path = tmp_path / "vocabulary.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="vocabulary.json is not a whole vocabulary"):
+        Vocabulary.load(path)
+
+
+def test_interrupted_save_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "vocabulary.json"
+    Vocabulary(("old",)).save(path)
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        Vocabulary(("new",)).save(path)
+    assert Vocabulary.load(path).words == ("old",) and list(tmp_path.iterdir()) == [path]
+
+
+def test_saved_words_beyond_ascii_come_back(tmp_path):
+    vocabulary = Vocabulary(("caf\u00e9", "\u2028", "\U0001f426", "a b"), "spaces")
+    vocabulary.save(tmp_path / "v.json")
+    assert Vocabulary.load(tmp_path / "v.json") == vocabulary
+
+
+@pytest.mark.parametrize("how", ["truncate", "subset"])
+@pytest.mark.parametrize("most", [2, 5, 18, 40])
+def test_shortened_captions_agree_with_a_loop(how, most):
+    rng = np.random.default_rng(2)
+    vocabulary = Vocabulary.build(WORDS, specials=SPECIALS)
+    captions, lengths = vocabulary.encode([" ".join(rng.choice(WORDS, size=n)) for n in rng.integers(1, 30, size=200)])
+    short, left = shorten(captions, lengths, most, how, address=(7, torch.arange(200)), always=(1, 2))
+    wider, _ = shorten(torch.nn.functional.pad(captions, (0, 9)), lengths, most, how, address=(7, torch.arange(200)), always=(1, 2))
+    assert (left == lengths.clamp(max=most)).all() and (wider[:, :short.shape[1]] == short).all()
+    for row, length, kept, n in zip(captions.tolist(), lengths.tolist(), short.tolist(), left.tolist()):
+        assert kept[0] == 1 and kept[n - 1] == 2 and not any(kept[n:])
+        if how == "truncate": assert kept[:n] == (row[:length] if length <= most else [*row[:most - 1], 2])
+        rest = iter(row[:length])
+        assert all(number in rest for number in kept[:n])          # an ordered subset
+
+
+def test_shortening_by_epoch_is_fresh_and_repeatable():
+    captions, lengths = torch.arange(1, 31).repeat(50, 1), torch.full((50,), 30)
+    epochs = [shorten(captions, lengths, 18, "subset", (0, "words", epoch, torch.arange(50)))[0] for epoch in (0, 1, 0)]
+    assert epochs[0].equal(epochs[2]) and not (epochs[0] == epochs[1]).all(1).any()
+    assert len({tuple(row) for row in epochs[0].tolist()}) == 50
 
 
 @pytest.mark.parametrize("content, message", [

@@ -102,7 +102,7 @@ class PictureCache:
         with open(self.folder / "pictures.bin", "rb") as file: mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         return [mapped[starts[i]:starts[i + 1]].reshape(*shapes[i], 3) for i in positions]
 
-# %% ../../nbs/data/14_cache.ipynb #728ca39b
+# %% ../../nbs/data/14_cache.ipynb #76338ac6
 BLOCK = 256                                 # pictures in memory at once
 
 
@@ -118,7 +118,7 @@ def write_pictures(
         try: return prepare(collection.pixels.read(position), collection.pictures[position].box, transform)
         except (OSError, ValueError) as error: return error
     count, shapes, faults = len(collection.pictures), [], []
-    bar = tqdm(total=count, desc=f"caching {collection.name}", unit="picture", disable=not progress, mininterval=1)
+    bar = tqdm(total=count, desc=f"caching {collection.name}", unit="picture", disable=not progress, mininterval=1, delay=3)
     with ThreadPoolExecutor(os.cpu_count()) as pool, open(folder / "pictures.bin", "wb") as file, bar:
         for start in range(0, count, BLOCK):
             for made in pool.map(make, range(start, min(start + BLOCK, count))):

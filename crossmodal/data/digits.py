@@ -7,7 +7,7 @@ __all__ = ['Split', 'MNIST_FILES', 'GET_MNIST', 'Digits', 'bundled_digits', 'rea
            'digit_pools', 'held_out_numbers', 'class_names', 'class_captions', 'side_by_side', 'DoubleDigits',
            'show_digits']
 
-# %% ../../nbs/data/04_digits.ipynb #352df316
+# %% ../../nbs/data/04_digits.ipynb #00e56a43
 import gzip
 import hashlib
 import os
@@ -27,7 +27,7 @@ from torch import Tensor
 from .batch import Batch
 from .text import COLOURS, NUMERALS, Vocabulary
 
-# %% ../../nbs/data/04_digits.ipynb #42625099
+# %% ../../nbs/data/04_digits.ipynb #0cb87cc7
 Split = Literal["train", "val", "test"]
 
 
@@ -45,7 +45,7 @@ class Digits:
         "The first 12 hex digits of the SHA-256 of pictures and labels: two pools with the same one hold the same digits."
         return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()[:12]
 
-# %% ../../nbs/data/04_digits.ipynb #52157d01
+# %% ../../nbs/data/04_digits.ipynb #483db6c8
 def bundled_digits() -> Digits:
     "scikit-learn's 1,797 digits, enlarged from 8 x 8 to 20 x 20 and framed in 28 x 28 as MNIST frames its own."
     from sklearn.datasets import load_digits
@@ -55,7 +55,7 @@ def bundled_digits() -> Digits:
     images = torch.nn.functional.pad(images.clamp(0, 1), (4, 4, 4, 4))
     return Digits((images[:, 0] * 255).round().to(torch.uint8), torch.as_tensor(raw.target).long(), "digits")
 
-# %% ../../nbs/data/04_digits.ipynb #1b589c7d
+# %% ../../nbs/data/04_digits.ipynb #cc9ac339
 def read_idx(
     path: str | Path,                       # an idx file of unsigned bytes, plain or `.gz`
 ) -> np.ndarray:                            # uint8, shaped as its header says
@@ -76,7 +76,7 @@ def read_idx(
         raise ValueError(f"{path} is cut off or too long: expected {expected} bytes for shape {shape}, found {len(raw)}. Fetch it again.")
     return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(shape)
 
-# %% ../../nbs/data/04_digits.ipynb #27a669da
+# %% ../../nbs/data/04_digits.ipynb #690e5a03
 MNIST_FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"), "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
 GET_MNIST = ("get it with `crossmodal data get mnist`, or put the four idx files of MNIST (plain or .gz) into a folder `mnist` "
              "inside the folder that the environment variable CROSSMODAL_DATA names, or pass their folder")
@@ -101,7 +101,7 @@ def mnist_digits(
     if labels.max(initial=0) > 9: raise ValueError(f"{folder}: expected labels 0-9, found {labels.max()}.")
     return Digits(torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64)), "mnist")
 
-# %% ../../nbs/data/04_digits.ipynb #515b4b58
+# %% ../../nbs/data/04_digits.ipynb #a389e020
 def data_folder(name: str) -> Path:
     "Where a dataset called `name` is expected: in the folder that `CROSSMODAL_DATA` names, else in `data/`."
     return Path(os.environ.get("CROSSMODAL_DATA", "data")) / name
@@ -123,12 +123,12 @@ def digit_pools(
     keep = len(train) - min(5000, len(train) // 10)
     return {"train": Digits(train.images[:keep], train.labels[:keep], "mnist"), "val": Digits(train.images[keep:], train.labels[keep:], "mnist"), "test": test}
 
-# %% ../../nbs/data/04_digits.ipynb #f7e3b469
+# %% ../../nbs/data/04_digits.ipynb #d170f2b1
 def held_out_numbers(seed: int) -> Int[np.ndarray, "16"]:
     "The sixteen two-digit numbers (0-99, in order) that `seed` holds out of everything (paper 002, section C)."
     return np.sort(np.random.default_rng([seed, 16]).choice(100, size=16, replace=False))
 
-# %% ../../nbs/data/04_digits.ipynb #3bc75cb5
+# %% ../../nbs/data/04_digits.ipynb #7762968b
 def class_names(
     colour: bool = False,                   # 900 coloured classes instead of 100
 ) -> list[str]:
@@ -145,7 +145,7 @@ def class_captions(
     "The caption of every class as word numbers."
     return vocabulary.encode(class_names(colour))[0]
 
-# %% ../../nbs/data/04_digits.ipynb #38b6948f
+# %% ../../nbs/data/04_digits.ipynb #45b79016
 def side_by_side(
     left: UInt8[Tensor, "b 28 28"],
     right: UInt8[Tensor, "b 28 28"],
@@ -156,7 +156,7 @@ def side_by_side(
     if colours is not None: digits = digits * torch.nn.functional.one_hot(colours, 3)[..., None, None]
     return torch.cat([digits[:, 0], digits[:, 1]], dim=3) / 127.5 - 1
 
-# %% ../../nbs/data/04_digits.ipynb #42d0c2c7
+# %% ../../nbs/data/04_digits.ipynb #cf6c551e
 class DoubleDigits:
     """Two-digit pictures 28 x 56 with their names (paper 002).
 
@@ -164,6 +164,7 @@ class DoubleDigits:
     Grey pictures have one channel and captions such as "seven five"; coloured ones three and captions such as "red seven blue five"."""
     splits = ("train", "val", "test")
     vocabulary = Vocabulary(NUMERALS + COLOURS)
+    epoch = 0                               # nothing here depends on it
 
     def __init__(self,
         source: str = "digits",             # "digits", "mnist", or a folder with MNIST's four files
@@ -214,7 +215,7 @@ class DoubleDigits:
         spec = f"{self.pool.fingerprint} {self.split} {self.colour} {self.seed} {self.per_number}"
         return hashlib.sha256(spec.encode()).hexdigest()[:12]
 
-# %% ../../nbs/data/04_digits.ipynb #92981280
+# %% ../../nbs/data/04_digits.ipynb #51efb192
 def show_digits(
     images: Float[Tensor, "b c h w"],       # in [-1, 1]
     titles: Sequence[str] = (),             # one above each picture

@@ -46,7 +46,7 @@ class FeatureCache:
         stored = np.load(self.folder / f"{kind}.npy", mmap_mode="r", allow_pickle=False)
         return torch.from_numpy(stored[np.asarray(positions), views].astype(np.float32))
 
-# %% ../../nbs/data/17_features.ipynb #ae7805a0
+# %% ../../nbs/data/17_features.ipynb #12376708
 Encode = Callable[[Float[Tensor, "b 3 h w"]], dict[str, Tensor]]
 
 
@@ -62,7 +62,7 @@ def write_features(
     "Run an encoder over all pictures of a collection, both views. A value that half precision cannot hold is an error."
     from tqdm.auto import tqdm
     pictures, count, files = cached_pictures(collection, transform, progress), len(collection.pictures), {}
-    for start in tqdm(range(0, count, batch_size), desc=f"encoding {collection.name}", unit="batch", disable=not progress, mininterval=1):
+    for start in tqdm(range(0, count, batch_size), desc=f"encoding {collection.name}", unit="batch", disable=not progress, mininterval=1, delay=3):
         rows = range(start, min(start + batch_size, count))
         images = present(pictures.read(rows), transform)
         if isinstance(images, tuple): images = images[-1]

@@ -7,7 +7,7 @@ __all__ = ['RATE', 'SAMPLES', 'COEFFICIENTS', 'ONSET', 'SILENT', 'WORDS', 'VOICE
            'half_second', 'mfcc', 'check_length', 'read_wav', 'Recordings', 'say', 'spoken', 'bundle_speech_vectors',
            'bundled', 'wav_files', 'read_name', 'recorded', 'open_speech']
 
-# %% ../../nbs/data/05_speech.ipynb #13e3d3dd
+# %% ../../nbs/data/05_speech.ipynb #e6f2b417
 import os
 import re
 import shutil
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .text import COLOURS, NUMERALS, read_bundled, write_bundled
 
-# %% ../../nbs/data/05_speech.ipynb #2486625c
+# %% ../../nbs/data/05_speech.ipynb #be0ecc35
 RATE = 24_000                     # samples a second (paper 002, section 4)
 SAMPLES = RATE // 2               # 0.5 s (same place)
 COEFFICIENTS = 13                 # of one word (same place)
@@ -51,7 +51,7 @@ def half_second(
     wave = wave[np.argmax(np.abs(wave) > ONSET):][:SAMPLES]
     return np.pad(wave, (0, SAMPLES - len(wave)))
 
-# %% ../../nbs/data/05_speech.ipynb #035f082f
+# %% ../../nbs/data/05_speech.ipynb #8d994ad7
 def mfcc(
     wave: Float[np.ndarray, "n"],                  # one channel, in [-1, 1]
     rate: int,                                     # samples a second
@@ -65,7 +65,7 @@ def mfcc(
     import librosa
     return librosa.feature.mfcc(y=half_second(wave, rate, name), sr=RATE, n_mfcc=COEFFICIENTS).mean(axis=1)
 
-# %% ../../nbs/data/05_speech.ipynb #a7706e53
+# %% ../../nbs/data/05_speech.ipynb #5635b7f9
 def check_length(path: Path):
     "A `ValueError` if the WAV file at `path` is empty or shorter than its header says."
     with open(path, "rb") as file: head = file.read(12)
@@ -89,7 +89,7 @@ def read_wav(
     if not len(wave): raise ValueError(f"{path} is empty: expected samples after its header, found none.")
     return wave.mean(axis=1), rate
 
-# %% ../../nbs/data/05_speech.ipynb #ad04a841
+# %% ../../nbs/data/05_speech.ipynb #6dd36473
 @dataclass(frozen=True)
 class Recordings:
     "Spoken words, one row a recording."
@@ -135,7 +135,7 @@ class Recordings:
         vectors = torch.cat([self.vectors, more.vectors])
         return Recordings(vectors, self.words + more.words, self.speakers + more.speakers, source)
 
-# %% ../../nbs/data/05_speech.ipynb #b9bb8b54
+# %% ../../nbs/data/05_speech.ipynb #9787b3bb
 WORDS = NUMERALS + COLOURS
 VOICES = ("en-us", "en-gb", "en-us+f3")            # eSpeak NG's names
 GET_ESPEAK = ("install it (`apt install espeak-ng`, `brew install espeak-ng`), "
@@ -163,7 +163,7 @@ def spoken() -> Recordings:
     vectors = np.stack([mfcc(*say(word, voice), name=f"{word} ({voice})") for word, voice in said])
     return Recordings(torch.from_numpy(vectors), *zip(*said, strict=True), source="espeak")
 
-# %% ../../nbs/data/05_speech.ipynb #76b7896a
+# %% ../../nbs/data/05_speech.ipynb #18bb1cd5
 def bundle_speech_vectors(
     out: str | Path,                               # a CSV: word, speaker, v1 ... v13, rounded to 3 decimals
 ):
@@ -181,7 +181,7 @@ def bundled() -> Recordings:
     vectors = torch.tensor([[float(value) for value in row[2:]] for row in rows])
     return Recordings(vectors, tuple(row[0] for row in rows), tuple(row[1] for row in rows), "bundled")
 
-# %% ../../nbs/data/05_speech.ipynb #7bd25c32
+# %% ../../nbs/data/05_speech.ipynb #f58cc3ad
 LAYOUT = ("{word}_{speaker}_{take}.wav, such as 7_george_0.wav or red_ana_0.wav, "
           "in the folder or in its subfolder recordings/")
 GET_FSDD = ("get the Free Spoken Digit Dataset with `git clone "
@@ -201,7 +201,7 @@ def read_name(path: Path) -> tuple[str, int, str]:
     word, speaker, take = parts.groups()
     return speaker, int(take), NUMERALS[int(word)] if word.isdigit() else word.lower()
 
-# %% ../../nbs/data/05_speech.ipynb #c2f187a7
+# %% ../../nbs/data/05_speech.ipynb #f28fc3c5
 def recorded(
     folder: str | Path,                            # with `{word}_{speaker}_{take}.wav`, here or in CROSSMODAL_DATA
 ) -> Recordings:                                   # by speaker, then take, then word

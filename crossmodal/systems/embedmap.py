@@ -8,7 +8,7 @@ __all__ = ['AUTOENCODERS', 'SHARED_PRESETS', 'EMBEDMAP_PRESETS', 'NamedDigitsCon
            'AutoencoderPhase', 'Codes', 'encode_dataset', 'MappingPhase', 'EmbedMap', 'by_number', 'drawing_scores',
            'reading_scores', 'naming_scores', 'unheard_scores']
 
-# %% ../../nbs/systems/02_embedmap.ipynb #7fc320ca
+# %% ../../nbs/systems/02_embedmap.ipynb #8e7f59a2
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -33,7 +33,7 @@ from .base import Score, System
 from ..training.config import Changed, Config, Count, Patience, Rate
 from ..training.loop import Phase
 
-# %% ../../nbs/systems/02_embedmap.ipynb #1a436a1a
+# %% ../../nbs/systems/02_embedmap.ipynb #a08a3907
 AUTOENCODERS = {"conv-vae": conv_vae, "mlp-vae": mlp_vae, "conv-ae": conv_ae, "mlp-ae": mlp_ae}
 
 
@@ -76,7 +76,7 @@ EMBEDMAP_PRESETS = {
     "paper": {},
 }
 
-# %% ../../nbs/systems/02_embedmap.ipynb #a16d65ad
+# %% ../../nbs/systems/02_embedmap.ipynb #a2a4eb20
 def epochs_for(
     images: int,                            # pictures to show in all
     per_epoch: int,
@@ -84,7 +84,7 @@ def epochs_for(
     "The number of whole epochs that show no more than so many pictures, at least one."
     return max(1, images // per_epoch)
 
-# %% ../../nbs/systems/02_embedmap.ipynb #8e04e745
+# %% ../../nbs/systems/02_embedmap.ipynb #8eb2a2b7
 class Names(nn.Module):
     "One modality of names (text or speech): a table of word vectors, $f_Y$ and $f'_Y$ (paper 002, section A.2)."
     word_width = 13
@@ -115,7 +115,7 @@ class Names(nn.Module):
         self.table.copy_(table)
         self.scale = self.scale.fit(torch.cat([self.table[names - 1, take].flatten(1) for take in range(table.shape[1])]))
 
-# %% ../../nbs/systems/02_embedmap.ipynb #58a5ccb1
+# %% ../../nbs/systems/02_embedmap.ipynb #0ea20a54
 def take_table(
     recordings: Recordings,
     words: Sequence[str],
@@ -143,7 +143,7 @@ def spoken_words(
     lacking = [word for word in words if word not in found.words]
     return found.with_words_from(open_speech("bundled").select(words=lacking)) if lacking else found
 
-# %% ../../nbs/systems/02_embedmap.ipynb #e234aebe
+# %% ../../nbs/systems/02_embedmap.ipynb #443b3709
 class NamedDigits(System):
     "Names of two-digit pictures as text and as speech."
 
@@ -189,7 +189,7 @@ class NamedDigits(System):
     def draw(self, modality: str, vectors: Float[Tensor, "b y"]) -> Float[Tensor, "b c 28 56"]:
         raise NotImplementedError
 
-# %% ../../nbs/systems/02_embedmap.ipynb #2dbe749b
+# %% ../../nbs/systems/02_embedmap.ipynb #cfe4409f
 def validation_loss(
     phase: Phase,
     val: BatchDataset,
@@ -240,7 +240,7 @@ class DirectMap(NamedDigits):
 
     def evaluate(self, test): return drawing_scores(self, test)
 
-# %% ../../nbs/systems/02_embedmap.ipynb #d820f366
+# %% ../../nbs/systems/02_embedmap.ipynb #fe4999b8
 class AutoencoderPhase(Phase):
     "Learn to press pictures into codes and back (paper 002, section A.1)."
     name = "autoencoder"
@@ -267,13 +267,14 @@ class AutoencoderPhase(Phase):
         images = self.val[range(0, len(self.val), max(1, len(self.val) // 16))].images[:16].to(self.accelerator.device)
         return torch.cat([images, self.system.autoencoder.decode(self.system.autoencoder.encode(images))])
 
-# %% ../../nbs/systems/02_embedmap.ipynb #c49d10cb
-@dataclass(frozen=True)
+# %% ../../nbs/systems/02_embedmap.ipynb #725e783b
+@dataclass
 class Codes:
     "Pictures of a dataset as codes, with their names."
     codes: Float[Tensor, "n d"]
     captions: Int[Tensor, "n t"]
     classes: Int[Tensor, "n"]
+    epoch: int = 0                          # nothing here depends on it
 
     def __len__(self) -> int: return len(self.codes)
 
@@ -294,7 +295,7 @@ def encode_dataset(
     parts = [autoencoder.encode(dataset[range(k, min(k + block, len(dataset)))].images.to(device)).cpu() for k in range(0, len(dataset), block)]
     return Codes(torch.cat(parts), dataset.captions[dataset.classes], dataset.classes)
 
-# %% ../../nbs/systems/02_embedmap.ipynb #e858c951
+# %% ../../nbs/systems/02_embedmap.ipynb #5c4a9251
 class MappingPhase(Phase):
     "Learn $f_Y$ and $f'_Y$ for text and for speech (paper 002, eq. 2)."
     name = "mapping"
@@ -324,7 +325,7 @@ class MappingPhase(Phase):
 
     def samples(self): return self.system.images_from_texts(self.train.class_names[:64])
 
-# %% ../../nbs/systems/02_embedmap.ipynb #2bcc0a5f
+# %% ../../nbs/systems/02_embedmap.ipynb #d84e333f
 class EmbedMap(NamedDigits):
     "Words and speech to two-digit pictures and back, through constrained embedding spaces (paper 002)."
     title = "words or speech <-> two-digit pictures, also for numbers never seen (paper 002)"
@@ -373,7 +374,7 @@ class EmbedMap(NamedDigits):
 
     def evaluate(self, test): return drawing_scores(self, test) | naming_scores(self, test)
 
-# %% ../../nbs/systems/02_embedmap.ipynb #dda89acf
+# %% ../../nbs/systems/02_embedmap.ipynb #d6c90ca8
 def by_number(
     values: Float[Tensor, "n"],             # one per picture
     classes: Int[Tensor, "n"],
@@ -383,7 +384,7 @@ def by_number(
     number = classes // 9 if colour else classes
     return [values[number == k].mean().item() for k in number.unique()]
 
-# %% ../../nbs/systems/02_embedmap.ipynb #c75aca2e
+# %% ../../nbs/systems/02_embedmap.ipynb #f48354e0
 @torch.no_grad()
 def drawing_scores(
     system: NamedDigits,
@@ -421,7 +422,7 @@ def reading_scores(
     if colour: scores[f"{prefix}_colours"] = Score(percent(right[:, 2:]), "%", 100 / 3)
     return scores
 
-# %% ../../nbs/systems/02_embedmap.ipynb #00fbd587
+# %% ../../nbs/systems/02_embedmap.ipynb #0a40fba1
 @torch.no_grad()
 def naming_scores(
     system: EmbedMap,
@@ -438,7 +439,7 @@ def naming_scores(
         scores[f"{modality}_naming"] = Score(accuracy, "%", 100 / len(test.class_names))
     return scores
 
-# %% ../../nbs/systems/02_embedmap.ipynb #7b5102b2
+# %% ../../nbs/systems/02_embedmap.ipynb #f7d65e75
 @torch.no_grad()
 def unheard_scores(
     system: NamedDigits,
