@@ -69,11 +69,14 @@ class Source:
         known = sum(file.size or 0 for file in self.files)
         return "not published" if not known else ("more than " if any(file.size is None for file in self.files) else "") + readable_size(known)
 
-# %% ../../nbs/data/18_store.ipynb #68dd7f69
-def same_names(*names: str) -> dict[str, str]: return dict(zip(names, names))
+# %% ../../nbs/data/18_store.ipynb #6e8e8755
+def same_names(*names: str) -> dict[str, str]:
+    "Files that keep the names they have in their archive."
+    return dict(zip(names, names))
 
 
 def mnist_file(name: str, size: int, sha256: str) -> SourceFile:
+    "One of MNIST's four files, at both of its homes."
     homes = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")  # its first home answers no more
     return SourceFile(name, tuple(home + name for home in homes), size, sha256)
 
@@ -118,13 +121,15 @@ FLOWERS = Source("flowers102", "8,189 pictures of 102 kinds of flowers", "none s
                  "captions, ten a picture: open https://drive.google.com/open?id=0B0ywwgffWnLLcms2WWJQRFNSWXM in a browser (cvpr2016_flowers.tar.gz, linked "
                  "from github.com/reedscot/cvpr2016) and put its folders of .txt files into text/")
 
-# %% ../../nbs/data/18_store.ipynb #29f543d1
+# %% ../../nbs/data/18_store.ipynb #f21ed574
 def coco_file(folder: str, name: str, size: int, sha256: str, *takes: str) -> SourceFile:
+    "One of COCO's archives, at both of its homes."
     homes = ("http://images.cocodataset.org/", "https://s3.amazonaws.com/images.cocodataset.org/")  # the first has no certificate of its own: the sum guards it
     return SourceFile(name, tuple(f"{home}{folder}/{name}" for home in homes), size, sha256, takes=same_names(*takes))
 
 
 def karpathy_file(json_name: str, place: str = "dataset.json") -> SourceFile:
+    "Karpathy's captions and splits of one set: the same archive for all of them."
     return SourceFile("caption_datasets.zip", ("https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip",), 36745453,
                       "4cfd70132527b80933105e5829dc9034eaab9573482e2e680abbab6130244817", takes={place: json_name})
 
@@ -175,7 +180,7 @@ class Torn(StoreError):
 class OtherFile(StoreError):
     "Complete, and not the file that was expected."
 
-# %% ../../nbs/data/18_store.ipynb #ef719860
+# %% ../../nbs/data/18_store.ipynb #329f856c
 def read_note(path: Path) -> dict:
     "A small JSON file; {} if it is missing or torn."
     try: found = json.loads(path.read_text())
@@ -190,7 +195,9 @@ def write_note(path: Path, content: dict):
     os.replace(new, path)
 
 
-def beside(path: Path, ending: str) -> Path: return path.with_name(path.name + ending)
+def beside(path: Path, ending: str) -> Path:
+    "The same path with something after its name."
+    return path.with_name(path.name + ending)
 
 
 def strong_mark(headers) -> str | None:
@@ -363,11 +370,12 @@ class Names:
             before = self.seen.setdefault(unicodedata.normalize("NFC", path).casefold(), here)
             if before is not here and (before != here or here[1]): raise BadArchive(f"{path!r} and {before[0]!r} would be the same file")
 
-# %% ../../nbs/data/18_store.ipynb #4b48f46c
+# %% ../../nbs/data/18_store.ipynb #328f643b
 Members = Iterator[tuple[str, int, IO[bytes] | None]]              # name, length, reader (None: a folder)
 
 
 def zip_members(path: Path) -> Members:
+    "The files and folders of a zip archive; a link or an encrypted file is refused."
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             kind = info.external_attr >> 28                                                # as Unix has it: 4 folder, 8 file, 10 link; 0: not said
@@ -380,6 +388,7 @@ def zip_members(path: Path) -> Members:
 
 
 def tar_members(stream: "Counted") -> Members:
+    "The files and folders of a tar archive; a link or a device is refused."
     with tarfile.open(fileobj=stream, mode="r:") as archive:
         for info in archive:
             if not (info.isreg() or info.isdir()): raise BadArchive(f"{info.name!r} is a link or a device")
@@ -467,7 +476,7 @@ def write_members(archive: Path, work: Path, limits: Limits):
                     put(file, chunk, place)
             if size not in (-1, total - before): raise BadArchive(f"{name!r} has {total - before:,} bytes, expected {size:,}")
 
-# %% ../../nbs/data/18_store.ipynb #2a62c512
+# %% ../../nbs/data/18_store.ipynb #07ecd0ed
 MANIFEST = ".crossmodal.json"
 
 
@@ -479,6 +488,7 @@ def describe(source: Source, folder: Path) -> str:
 
 
 def free_space(folder: Path) -> int:
+    "Bytes that are free where a folder is, or would be."
     while not folder.exists(): folder = folder.absolute().parent
     return shutil.disk_usage(folder).free
 

@@ -474,12 +474,14 @@ def program(*parts: str) -> Path:
     if not path.exists(): raise FileNotFoundError(f"{path} is missing: reinstall pycocoevalcap.")
     return path
 
-# %% ../../nbs/metrics/06_captions.ipynb #92480deb
+# %% ../../nbs/metrics/06_captions.ipynb #b97cdacd
 class ChildDied(RuntimeError):
     "A Java program ended before it had answered."
 
 
-def too_late(what: str, limit: float) -> str: return f"{what} did not finish within {limit:g} s: raise limit=, or score fewer captions."
+def too_late(what: str, limit: float) -> str:
+    "What is said when a Java program takes too long."
+    return f"{what} did not finish within {limit:g} s: raise limit=, or score fewer captions."
 
 # %% ../../nbs/metrics/06_captions.ipynb #97589f15
 def converse(
