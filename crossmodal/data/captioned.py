@@ -144,7 +144,7 @@ def _nothing(collection: Collection, split: str, captionless: bool) -> str:
                 "put the captions where the reader looks for them (`crossmodal data check`), or open the pictures alone with captionless=True.")
     return f"{collection.name} has nothing in split {split!r}. {' '.join(collection.notes)}"
 
-# %% ../../nbs/data/16_captioned.ipynb #5ca27382
+# %% ../../nbs/data/16_captioned.ipynb #6853647e
 DATASETS = {
     "birds": "drawn birds: 40 species, 20 attributes, ten captions each; needs no download",
     "digits": "two-digit numbers from scikit-learn's 1,797 handwritten digits; needs no download",
@@ -184,7 +184,8 @@ def open_collection(
     for fits, read in READERS:
         if fits(folder): return read(folder, **options)
     raise ValueError(f"{folder} has none of the layouts that are known here: CUB (images.txt, classes.txt), Oxford-102 (imagelabels.mat), "
-                     "Karpathy (dataset.json), COCO (annotations/captions_*.json), Flickr8k (Flickr8k.token.txt), MNIST (four idx files; `crossmodal data get mnist`).")
+                     "Karpathy (dataset.json), COCO (annotations/captions_*.json), "
+                     "Flickr8k (Flickr8k.token.txt), MNIST (four idx files; `crossmodal data get mnist`).")
 
 # %% ../../nbs/data/16_captioned.ipynb #848aca2e
 def open_dataset(
