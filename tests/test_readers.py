@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from crossmodal.data.coco import is_coco, is_flickr8k, is_karpathy, read_coco, read_flickr8k, read_karpathy
-from crossmodal.data.cub import CUB_TEST, is_cub, read_cub, tally
+from crossmodal.data.collection import tally
+from crossmodal.data.cub import CUB_TEST, is_cub, read_cub
 from crossmodal.data.flowers import is_flowers, read_flowers
 
 BIRDS = {number: f"{number:03}.Bird_{number}" for number in (1, 2, 3, 5)}     # 1 is one of the published test classes

