@@ -613,7 +613,8 @@ def npm(tmp_path, monkeypatch):
     def install(files, sha512=None, takes=None, **more):
         packed, right = npm_package(tmp_path, files)
         (tmp_path / "bin").mkdir(exist_ok=True)
-        (tmp_path / "bin/npm").write_text(f"#!{sys.executable}\nimport shutil, sys\nassert sys.argv[1:4] == ['pack', 'set@1.0.0', '--ignore-scripts'], sys.argv\n"
+        (tmp_path / "bin/npm").write_text(f"#!{sys.executable}\nimport shutil, sys\n"
+                                          "assert sys.argv[1:4] == ['pack', 'set@1.0.0', '--ignore-scripts'], sys.argv\n"
                                           f"shutil.copy({str(packed)!r}, 'set-1.0.0.tgz')\n")
         (tmp_path / "bin/npm").chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")

