@@ -78,7 +78,7 @@ def _check_digits(name: str) -> int:
         print(f"{split:5s} {len(found):7,d} pictures {tuple(batch.images.shape[1:])}, {classes} classes, fingerprint {found.fingerprint}; e.g. {caption!r}")
     return 0
 
-# %% ../nbs/99_cli.ipynb #5620277f
+# %% ../nbs/99_cli.ipynb #4af0c7e2
 def _summary(run: Run):
     "What came out, and where it is."
     print(f"\n{run.name}: {run.record['status']}, {run.record['seconds']:.0f} s, in {run.folder}")
@@ -97,7 +97,7 @@ def train(
     system: Annotated[Positional[str], arg(help="a system's name; `crossmodal systems` lists them", metavar="SYSTEM")],
     /,
     overrides: Annotated[Positional[tuple[str, ...]], arg(help="configuration keys, such as autoencoder=mlp-vae seed=1", metavar="KEY=VALUE ...")] = (),
-    data: Annotated[str, arg(help="a dataset's name, or a folder in a dataset's own layout")] = "digits",
+    data: Annotated[str, arg(help="a dataset's name, or a folder in its own layout; default: what the system needs no download for")] = "",
     preset: Annotated[str, arg(help="smoke (seconds), quick (minutes), reduced (real data) or paper (its own numbers)")] = "quick",
     out: Annotated[Path | None, arg(help="the run folder; default: runs/<name of the run>")] = None,
     force: Annotated[bool, arg(help="move a folder that is in the way aside")] = False,
@@ -128,13 +128,13 @@ def evaluate(
     "Measure a trained system, on its own data or on other data of the same kind. The run is not changed."
     _print_scores(experiments.evaluate(run, data, split))
 
-# %% ../nbs/99_cli.ipynb #8877932a
+# %% ../nbs/99_cli.ipynb #e0a45ad5
 def table(
     system: Annotated[Positional[str], arg(help="whose paper: embedmap", metavar="PAPER")],
     number: Annotated[Positional[str], arg(help="the table's number in the paper, or the name of one of ours, such as speakers", metavar="N")],
     /,
     overrides: Annotated[Positional[tuple[str, ...]], arg(help="configuration keys for every training, such as speech=fsdd", metavar="KEY=VALUE ...")] = (),
-    data: Annotated[str, arg(help="a dataset's name or folder")] = "digits",
+    data: Annotated[str, arg(help="a dataset's name or folder; default: what each system needs no download for")] = "",
     preset: Annotated[str, arg(help="smoke, quick, reduced or paper")] = "quick",
     seeds: Annotated[tuple[int, ...], arg(help="one training per seed")] = (0,),
     runs: Annotated[Path, arg(help="the folder of run folders; finished ones are reused")] = Path("runs"),
@@ -158,7 +158,7 @@ def table(
 
 def workbook(
     preset: Annotated[str, arg(help="smoke, quick, reduced or paper")] = "quick",
-    data: Annotated[str, arg(help="a dataset's name or folder")] = "digits",
+    data: Annotated[str, arg(help="a dataset's name or folder; default: what each system needs no download for")] = "",
     out: Annotated[Path, arg(help="where the pages go")] = Path("_workbook"),
 ):
     "Train every system, execute the workbook's notebooks, write tables and pages, and print the main tables. Finished runs are reused."

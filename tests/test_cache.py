@@ -1,5 +1,6 @@
 """The cache under real processes: killed builders, two builders at once, worker processes, a full disk."""
 
+import os
 import random
 import shutil
 import subprocess
@@ -112,3 +113,14 @@ def test_a_torn_picture_is_named_and_nothing_is_kept(made_up):
     with pytest.raises(ValueError, match="1 of 24 pictures.*007.jpg"): cached_pictures(made_up, TRANSFORM, progress=False)
     assert not finished()
     shutil.rmtree(cache_folder())
+
+
+@pytest.mark.parametrize("call", ["draw_bird(sample_bird(0, 0, 0), 48)", "order_similarity(torch.eye(8), torch.eye(8))"])
+def test_the_first_calls_of_a_compiled_loop_may_come_from_many_threads(call, tmp_path):
+    "Readers draw in a pool of threads; the loops are compiled, or loaded, by whoever comes first."
+    program = ("import torch\nfrom concurrent.futures import ThreadPoolExecutor\nfrom threading import Barrier\n"
+               "from crossmodal.data.birds import draw_bird, sample_bird\n"
+               f"from crossmodal.metrics.retrieval import order_similarity\nstart = Barrier(8)\ndef one(k):\n    start.wait()\n    return {call}\n"
+               "with ThreadPoolExecutor(8) as pool: assert len(list(pool.map(one, range(8)))) == 8\n")
+    command, place = [sys.executable, "-W", "error::UserWarning", "-c", program], {"NUMBA_CACHE_DIR": str(tmp_path)}
+    for _ in range(2): subprocess.run(command, check=True, env=os.environ | place)      # compiled, then loaded

@@ -6,7 +6,8 @@
 __all__ = ['LINES', 'ONE', 'FLAT', 'LINEAR', 'RADIAL', 'ROW', 'Colour', 'Frame', 'PICTURE', 'turned', 'flat', 'linear', 'radial',
            'Sketch']
 
-# %% ../../nbs/data/07_drawing.ipynb #32a750b9
+# %% ../../nbs/data/07_drawing.ipynb #f2d39e9e
+import threading
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 
@@ -123,10 +124,17 @@ def _paint(points: np.ndarray, corners: np.ndarray, shapes: np.ndarray, lines: n
                 for column in range(x0, x1): masks[slot, row, column] = cover[column]
             if shape[9] or shape[13]: _lay(picture, shape, line, row, x0, x1, cover)
 
-# %% ../../nbs/data/07_drawing.ipynb #cf04b95d
-@lru_cache
+# %% ../../nbs/data/07_drawing.ipynb #48b7de34
+_once = threading.Lock()                    # a cache alone lets two threads in before either is done
+
+
 def _compile():
     "Replace the functions of this module by compiled ones, once."
+    with _once: _replace()
+
+
+@lru_cache
+def _replace():
     import numba
     for name in ("_cover", "_grow", "_bend", "_lay", "_paint", "_boxes"):
         try: globals()[name] = numba.njit(cache=True, nogil=True, error_model="numpy")(globals()[name])

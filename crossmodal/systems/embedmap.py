@@ -143,9 +143,10 @@ def spoken_words(
     lacking = [word for word in words if word not in found.words]
     return found.with_words_from(open_speech("bundled").select(words=lacking)) if lacking else found
 
-# %% ../../nbs/systems/02_embedmap.ipynb #443b3709
+# %% ../../nbs/systems/02_embedmap.ipynb #8a1d7525
 class NamedDigits(System):
     "Names of two-digit pictures as text and as speech."
+    home = "digits"
 
     def __init__(self, config: NamedDigitsConfig, vocabulary: Vocabulary):
         super().__init__(config, vocabulary)

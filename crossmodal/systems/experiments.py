@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SYSTEMS', 'find_system', 'plan', 'fit_run', 'train', 'data_of', 'resume', 'load', 'evaluate']
 
-# %% ../../nbs/systems/09_experiments.ipynb #9373d6d7
+# %% ../../nbs/systems/09_experiments.ipynb #be8339f2
 import shutil
 import time
 from collections.abc import Mapping
@@ -18,13 +18,14 @@ from ..data.captioned import DATASETS
 from ..data.text import Vocabulary
 from .base import Score, System
 from .embedmap import DirectMap, EmbedMap
+from .selfsup import RebuildBaseline, SelfSup
 from ..training.checkpoint import latest_checkpoint
 from ..training.config import Config, apply_preset, config_from_json, override
 from ..training.loop import Checkpoints, EarlyStop, Interrupted, Loop, Metrics, Progress, Samples, StopOnNaN, StopOnSignal, start_from
 from ..training.runs import Run, RunError, _now, create_run, open_run, run_name
 
-# %% ../../nbs/systems/09_experiments.ipynb #780f741f
-SYSTEMS: dict[str, type[System]] = {"embedmap": EmbedMap, "embedmap-direct": DirectMap}
+# %% ../../nbs/systems/09_experiments.ipynb #8384b244
+SYSTEMS: dict[str, type[System]] = {"selfsup": SelfSup, "selfsup-baseline": RebuildBaseline, "embedmap": EmbedMap, "embedmap-direct": DirectMap}
 
 
 def find_system(name: str) -> type[System]:
@@ -32,21 +33,22 @@ def find_system(name: str) -> type[System]:
     if name not in SYSTEMS: raise ValueError(f"unknown system {name!r}: choose one of {', '.join(SYSTEMS)}.")
     return SYSTEMS[name]
 
-# %% ../../nbs/systems/09_experiments.ipynb #c7b26ea5
+# %% ../../nbs/systems/09_experiments.ipynb #949ef146
 def plan(
     system: str,                            # a name in `SYSTEMS`
-    data: str = "digits",                   # a name or a folder, as `open_dataset` takes it
+    data: str = "",                         # a name or a folder, as `open_dataset` takes it; empty: the system's home
     preset: str = "quick",
     changes: Mapping[str, Any] = {},        # configuration keys, as text or typed
 ) -> tuple[Config, dict[str, Any]]:         # the configuration, and what the record says of the data
     "What `train` would do. Bad names, keys and values raise here, before anything is written."
     kind = find_system(system)
+    data = data or kind.home
     config = override(apply_preset(kind.Config(), kind.presets, preset), changes)
     train_split = kind.open_data(config, data, "train")
     return config, {"name": train_split.source, "given": Path(data).name, "fingerprint": train_split.fingerprint,
-                    "items": len(train_split), "words": list(train_split.vocabulary.words)}
+                    "items": len(train_split), "vocabulary": train_split.vocabulary.to_json()}
 
-# %% ../../nbs/systems/09_experiments.ipynb #172fe697
+# %% ../../nbs/systems/09_experiments.ipynb #a2c155b6
 def fit_run(
     run: Run,
     data: str,
@@ -80,7 +82,7 @@ def fit_run(
 
 def train(
     system: str,                            # a name in `SYSTEMS`
-    data: str = "digits",                   # a name or a folder
+    data: str = "",                         # a name or a folder; empty: the system's home
     preset: str = "quick",
     out: str | Path | None = None,          # the run folder; None: `runs/<name of the run>`
     changes: Mapping[str, Any] = {},        # configuration keys
@@ -88,6 +90,7 @@ def train(
     quiet: bool = False,
 ) -> Run:
     "Train a system and measure it; everything ends up in the run folder."
+    data = data or find_system(system).home
     config, described = plan(system, data, preset, changes)
     run = create_run(out or Path("runs") / run_name(system, config, preset, described), system, config, preset, described, force)
     try: return fit_run(run, data, quiet)
@@ -114,7 +117,7 @@ def resume(
     run = open_run(folder)
     return run if run.finished else fit_run(run, data_of(run, data), quiet)
 
-# %% ../../nbs/systems/09_experiments.ipynb #ef095f53
+# %% ../../nbs/systems/09_experiments.ipynb #8aeb1ecb
 def load(
     run: str | Path,                        # a run folder
 ) -> System:
@@ -123,11 +126,11 @@ def load(
     checkpoint = latest_checkpoint(found.folder / "checkpoints")
     if checkpoint is None: raise RunError(f"{found.folder} holds no checkpoint yet: go on with `crossmodal resume {found.folder}`.")
     kind = find_system(found.record["system"])
-    system = kind(config_from_json(kind.Config, found.record["config"]), Vocabulary(tuple(found.record["data"]["words"])))
+    system = kind(config_from_json(kind.Config, found.record["config"]), Vocabulary.from_json(found.record["data"]["vocabulary"]))
     system.load_state_dict(checkpoint.model)
     return system.eval().requires_grad_(False)
 
-# %% ../../nbs/systems/09_experiments.ipynb #d099b479
+# %% ../../nbs/systems/09_experiments.ipynb #3dedfda8
 def evaluate(
     run: str | Path,                        # a run folder
     data: str | None = None,                # a name or a folder; None: what the run was trained on

@@ -23,7 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from ..data.batch import Batch, BatchDataset
 from .checkpoint import Checkpoint, random_state, restore_random_state, save_checkpoint
 
-# %% ../../nbs/training/02_loop.ipynb #bd199b06
+# %% ../../nbs/training/02_loop.ipynb #4e6de37f
 class Phase:
     "One stage of training. Subclasses set `name`, `epochs` and `batch_size`, and implement `begin` and `losses` (or `step`)."
     name: str
@@ -51,11 +51,14 @@ class Phase:
         optimizer = torch.optim.Adam(module.parameters(), learning_rate, betas)
         return self.accelerator.prepare_optimizer(optimizer) if self.accelerator.scaler else optimizer
 
-    def minimize(self, loss: Tensor, optimizer: torch.optim.Optimizer):
-        "One update of one optimiser."
+    def minimize(self, loss: Tensor, optimizer: torch.optim.Optimizer, clip: float = 0.):
+        "One update of one optimiser. `clip` above 0 shortens the gradient of all its parameters together to that length."
         optimizer.zero_grad(set_to_none=True)
         if self.accelerator.scaler: self.accelerator.backward(loss)
         else: loss.backward()
+        if clip:
+            if self.accelerator.scaler: self.accelerator.unscale_gradients(optimizer)
+            nn.utils.clip_grad_norm_([weight for group in optimizer.param_groups for weight in group["params"]], clip)
         optimizer.step()
 
     def validate(self) -> dict[str, float]:

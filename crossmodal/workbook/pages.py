@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['page_settings', 'PageFailed', 'render', 'page_notebooks', 'make_workbook']
 
-# %% ../../nbs/workbook/01_pages.ipynb #f3ee7256
+# %% ../../nbs/workbook/01_pages.ipynb #b3afa2c6
 import html
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..systems.experiments import find_system
 from ..training.checkpoint import write_atomic
 from .tables import IN_WORKBOOK, answer, build_table, find_table, readable, table_name, write_table
 
-# %% ../../nbs/workbook/01_pages.ipynb #b9a2636f
+# %% ../../nbs/workbook/01_pages.ipynb #01f4e908
 def page_settings() -> dict:                # what `answer` takes
     "Which runs a page shows: CROSSMODAL_PRESET, _DATASET, _SEEDS, _SPEECH and _RUNS, or the smoke preset in a folder of its own."
     ask = lambda name, default: os.environ.get(f"CROSSMODAL_{name}") or default
@@ -22,7 +23,7 @@ def page_settings() -> dict:                # what `answer` takes
     return {"data": ask("DATASET", "digits"), "preset": ask("PRESET", "smoke"), "seeds": [int(seed) for seed in ask("SEEDS", "0").split()],
             "changes": {"speech": speech} if speech else {}, "folder": ask("RUNS", "../../runs/smoke"), "quiet": True}
 
-# %% ../../nbs/workbook/01_pages.ipynb #4d10c517
+# %% ../../nbs/workbook/01_pages.ipynb #24b2fdfc
 class PageFailed(RuntimeError): "A workbook notebook did not run."
 
 
@@ -48,7 +49,7 @@ def render(
     write_atomic(out, body)
     return out
 
-# %% ../../nbs/workbook/01_pages.ipynb #974467c3
+# %% ../../nbs/workbook/01_pages.ipynb #79029e39
 def page_notebooks(folder: Path) -> list[Path]:
     "The workbook's pages: the notebooks named after a system that has a table."
     names = {system for system, _ in IN_WORKBOOK}
@@ -58,7 +59,7 @@ def page_notebooks(folder: Path) -> list[Path]:
 def make_workbook(
     notebooks: str | Path = "nbs/workbook",
     out: str | Path = "_workbook",
-    data: str = "digits",
+    data: str = "",                         # a name or a folder; empty: each system's home
     preset: str = "quick",
     seeds: Sequence[int] = (0,),
     runs: str | Path = "runs",
@@ -77,9 +78,10 @@ def make_workbook(
         for metric in dict.fromkeys(table["metric"]):
             body.append(readable(table, metric).to_html(border=0))
             if metric == table["metric"].iloc[0]: print(f"\n{title}\n\n{readable(table, metric).to_string()}\n", flush=True)
-    settings = {"PRESET": preset, "DATASET": data, "SEEDS": " ".join(map(str, seeds)), "RUNS": str(Path(runs).resolve())}
     links = []
     for notebook in pages:
+        home = find_system(notebook.stem.split("_", 1)[1]).home
+        settings = {"PRESET": preset, "DATASET": data or home, "SEEDS": " ".join(map(str, seeds)), "RUNS": str(Path(runs).resolve())}
         print(f"drawing {notebook.stem} ...", flush=True)
         render(notebook, out / f"{notebook.stem}.html", settings)
         links.append(f'<li><a href="{notebook.stem}.html">{html.escape(notebook.stem.split("_", 1)[1])}</a></li>')

@@ -8,7 +8,7 @@ __all__ = ['EMBEDMAP_TABLE1', 'TABLES', 'IN_WORKBOOK', 'COLUMNS', 'PICTURE', 'TE
            'build_table', 'write_table', 'UnbackedFigure', 'check_table', 'readable', 'plot_table',
            'paired_differences']
 
-# %% ../../nbs/workbook/00_tables.ipynb #012b3893
+# %% ../../nbs/workbook/00_tables.ipynb #ad61083c
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from ..training.runs import Run, RunError, finished_runs, record_text, run_name
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../../nbs/workbook/00_tables.ipynb #ef53f50b
+# %% ../../nbs/workbook/00_tables.ipynb #8206291c
 @dataclass(frozen=True)
 class Cell:
     "One figure of a table."
@@ -37,7 +37,7 @@ class Cell:
     system: str                             # a name in `SYSTEMS`
     changes: Mapping[str, Any] = field(default_factory=dict)    # what distinguishes this row and column
 
-# %% ../../nbs/workbook/00_tables.ipynb #424e4c1a
+# %% ../../nbs/workbook/00_tables.ipynb #9ae166fd
 EMBEDMAP_TABLE1 = {                         # text grey, text coloured, speech grey, speech coloured: paper 002, Table 1, dB
     "Direct (conv)": (14.73, 19.12, 15.26, 19.24),
     "Proposed (conv-vae)": (15.82, 19.49, 16.32, 19.66),
@@ -77,7 +77,7 @@ def embedmap_speakers() -> list[Cell]:
 TABLES = {("embedmap", "1"): embedmap_table1, ("embedmap", "speakers"): embedmap_speakers}
 IN_WORKBOOK = [("embedmap", "1")]           # those that need no download
 
-# %% ../../nbs/workbook/00_tables.ipynb #878823c1
+# %% ../../nbs/workbook/00_tables.ipynb #c283a6ae
 def table_name(system: str, number: str) -> str:
     "Of its file: a number is a table of the paper, a word one of ours."
     return f"{system}_table{number}" if number.isdigit() else f"{system}_{number}"
@@ -96,10 +96,10 @@ def questions(cells: Iterable[Cell]) -> list[tuple[str, dict[str, Any]]]:
         if (cell.system, dict(cell.changes)) not in found: found.append((cell.system, dict(cell.changes)))
     return found
 
-# %% ../../nbs/workbook/00_tables.ipynb #246cb8f3
+# %% ../../nbs/workbook/00_tables.ipynb #82fb8ece
 def answer(
     cells: Sequence[Cell],
-    data: str = "digits",                   # a name or a folder
+    data: str = "",                         # a name or a folder; empty: each system's home
     preset: str = "quick",
     seeds: Sequence[int] = (0,),
     changes: Mapping[str, Any] = {},        # for all trainings, such as `speech`
@@ -119,7 +119,7 @@ def answer(
         runs.append(resume(place, data, quiet) if (place / "run.json").exists() else train(system, data, preset, place, wanted, quiet=quiet))
     return runs
 
-# %% ../../nbs/workbook/00_tables.ipynb #2683c9e9
+# %% ../../nbs/workbook/00_tables.ipynb #db3a9509
 COLUMNS = ["row", "column", "metric", "paper", "ours", "low", "high", "n", "chance", "seeds", "preset", "data", "runs"]
 
 
@@ -144,7 +144,8 @@ def table_row(cell: Cell, records: Sequence[Mapping[str, Any]]) -> dict[str, Any
     estimate, chances = bootstrap_mean([score["values"] for score in scores]), [score["chance"] for score in scores]
     figures = {"ours": estimate.mean, "low": estimate.low, "high": estimate.high, "chance": sum(chances) / len(chances) if None not in chances else None}
     return head | {name: value if value is None else round(value, 3) for name, value in figures.items()} | {
-        "n": estimate.n, "seeds": " ".join(str(record["seed"]) for record in records), "preset": records[0]["preset"],
+        "n": sum(score["n"] for score in scores) if scores[0].get("n") else estimate.n,
+        "seeds": " ".join(str(record["seed"]) for record in records), "preset": records[0]["preset"],
         "data": data_name(records[0]), "runs": " ".join(record["id"] for record in records)}
 
 
@@ -157,7 +158,7 @@ def build_table(
     rows = [table_row(cell, sorted((record for record in records if fits(record, cell)), key=lambda record: record["seed"])) for cell in cells]
     return pd.DataFrame(rows, columns=COLUMNS)
 
-# %% ../../nbs/workbook/00_tables.ipynb #5842a98b
+# %% ../../nbs/workbook/00_tables.ipynb #1dabd19f
 def write_table(
     table: "pd.DataFrame",
     runs: Sequence[Run],
@@ -183,7 +184,7 @@ def write_table(
     write_atomic(path, table.to_csv(index=False))
     return path
 
-# %% ../../nbs/workbook/00_tables.ipynb #b6eaf130
+# %% ../../nbs/workbook/00_tables.ipynb #26c13e61
 class UnbackedFigure(ValueError): "A figure in a stored table that no record backs."
 
 
@@ -217,7 +218,7 @@ def check_table(
         raise UnbackedFigure(f"{path.name} lacks {len(gone)} cells, such as {' / '.join(min(gone))}.")
     return stored
 
-# %% ../../nbs/workbook/00_tables.ipynb #e3f3c52e
+# %% ../../nbs/workbook/00_tables.ipynb #f140a8f1
 def readable(
     table: "pd.DataFrame",
     metric: str = "PSNR (dB)",
@@ -236,7 +237,7 @@ def readable(
     rows, columns = list(dict.fromkeys(part["row"])), list(dict.fromkeys(part["column"]))
     return cells.pivot(index="row", columns="column", values="text").reindex(index=rows, columns=columns).fillna("-").rename_axis(index=None, columns=heading)
 
-# %% ../../nbs/workbook/00_tables.ipynb #53be611f
+# %% ../../nbs/workbook/00_tables.ipynb #ea57989f
 PICTURE, TEXT, SPEECH = "#0072B2", "#D55E00", "#009E73"     # the book's colours, safe for the colour-blind
 
 
@@ -262,7 +263,7 @@ def plot_table(
     plt.close(fig)
     return fig
 
-# %% ../../nbs/workbook/00_tables.ipynb #a03dda90
+# %% ../../nbs/workbook/00_tables.ipynb #58a26c84
 def paired_differences(
     cells: Sequence[Cell],
     records: Sequence[Mapping[str, Any]],
