@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['REBUILD_PRESETS', 'SELFSUP_PRESETS', 'WAYS', 'RebuildConfig', 'SelfSupConfig', 'frozen_backbone', 'picture_features',
-           'Rebuilds', 'largest', 'spread', 'rebuilding_scores', 'asked_labels', 'marks_score', 'PictureAutoencoder',
-           'discriminator_losses', 'tree_losses', 'PicturePhase', 'Sentences', 'file_sentences', 'TextPhase', 'dense',
-           'gan_mapping', 'mmd_mapping', 'Rows', 'MappingPhase', 'CodeTable', 'encode_dataset', 'GanPhase', 'MmdPhase',
-           'Turns', 'SelfSup', 'retelling_scores', 'carrying_scores', 'attribute_scores', 'BaselineConfig',
-           'BaselinePhase', 'RebuildBaseline']
+           'Rebuilds', 'largest', 'at_least_two', 'spread', 'rebuilding_scores', 'asked_labels', 'marks_score',
+           'PictureAutoencoder', 'discriminator_losses', 'tree_losses', 'PicturePhase', 'Sentences', 'file_sentences',
+           'TextPhase', 'dense', 'gan_mapping', 'mmd_mapping', 'Rows', 'MappingPhase', 'CodeTable', 'encode_dataset',
+           'GanPhase', 'MmdPhase', 'Turns', 'SelfSup', 'retelling_scores', 'carrying_scores', 'attribute_scores',
+           'BaselineConfig', 'BaselinePhase', 'RebuildBaseline']
 
 # %% ../../nbs/systems/01_selfsup.ipynb #5d40fc20
 from collections.abc import Iterator, Sequence
@@ -182,10 +182,17 @@ class Rebuilds(System):
         "Pictures in [-1, 1] through the code and back."
         raise NotImplementedError
 
-# %% ../../nbs/systems/01_selfsup.ipynb #c2b3546c
+# %% ../../nbs/systems/01_selfsup.ipynb #572826f7
 def largest(batch: Batch) -> Float[Tensor, "b 3 h w"]:
     "The pictures of a batch at the highest of its scales."
     return batch.images[-1] if isinstance(batch.images, tuple) else batch.images
+
+
+def at_least_two(batch: Batch, dataset: BatchDataset) -> Batch:
+    "A batch that batch normalisation can work with: a single picture, left over at the end of an epoch, gets its neighbour for company."
+    if len(batch) > 1 or len(dataset) < 2: return batch
+    position = int(batch.ids)
+    return dataset[[position, (position + 1) % len(dataset)]].to(batch.ids.device)
 
 
 def spread(dataset: BatchDataset, most: int) -> list[int]:
@@ -253,7 +260,7 @@ class PictureAutoencoder(nn.Module):
         r"Pictures of $\hat c$, low to high, with fresh noise."
         return self.generator(condition, torch.randn(len(condition), self.config.noise, device=condition.device))
 
-# %% ../../nbs/systems/01_selfsup.ipynb #80de5588
+# %% ../../nbs/systems/01_selfsup.ipynb #91be9ece
 def discriminator_losses(
     discriminators: Sequence[StackDiscriminator],
     real: Sequence[Float[Tensor, "b 3 _ _"]],       # at every scale
@@ -263,8 +270,9 @@ def discriminator_losses(
 ) -> Iterator[Float[Tensor, ""]]:                   # one by one, so that each can be minimised before the next is computed
     "Eq. 2 at every scale."
     for judge, true, fake in zip(discriminators, real, drawn, strict=True):
-        other = judge(true.roll(1, 0), condition.detach()) if wrong else None
-        yield discriminator_loss(judge(true, condition.detach()), judge(fake.detach(), condition.detach()), other)
+        condition, features = condition.detach(), judge.features(true)
+        other = judge.judge(features.roll(1, 0), condition) if wrong else None          # the features of a picture do not know its condition
+        yield discriminator_loss(judge.judge(features, condition), judge(fake.detach(), condition), other)
 
 
 def tree_losses(
@@ -286,7 +294,7 @@ def tree_losses(
         loss = loss + config.colour_weight * terms["colour"]
     return {"loss": loss} | terms
 
-# %% ../../nbs/systems/01_selfsup.ipynb #39c341d3
+# %% ../../nbs/systems/01_selfsup.ipynb #3b5d145d
 class PicturePhase(Phase):
     "Learn to draw what the frozen network saw (paper 000, eqs. 1 to 4)."
     name = "pictures"
@@ -307,7 +315,7 @@ class PicturePhase(Phase):
         return self.features.read(self.train.positions[batch.ids.cpu().numpy()], views=views).to(batch.ids.device)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        model, judges = self.system.pictures, self.system.discriminators
+        model, judges, batch = self.system.pictures, self.system.discriminators, at_least_two(batch, self.train)
         real = batch.images if isinstance(batch.images, tuple) else (batch.images,)
         with self.accelerator.autocast():
             mean, log_variance = model.augmentation(model.encode(self.look(batch)))
@@ -680,7 +688,7 @@ def attribute_scores(
         scores[f"{kind} image-to-text attributes"] = marks_score(described_marks(said, asked_labels(test, rows)))
     return scores
 
-# %% ../../nbs/systems/01_selfsup.ipynb #719f0463
+# %% ../../nbs/systems/01_selfsup.ipynb #46859bd3
 @dataclass(frozen=True)
 class BaselineConfig(RebuildConfig):
     "A baseline of Table 1."
@@ -702,7 +710,7 @@ class BaselinePhase(Phase):
         return self.train
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        images = largest(batch)
+        images = largest(at_least_two(batch, self.train))
         rebuilt = self.system.model(images)
         return {"loss": rebuilding_loss(rebuilt, images, self.config.rate_weight), "error": F.mse_loss(rebuilt.images, images)}
 
