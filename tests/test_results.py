@@ -9,13 +9,19 @@ import pytest
 from crossmodal.workbook.tables import COLUMNS, TABLES, UnbackedFigure, check_table, find_table, table_name
 
 RESULTS = Path(__file__).parents[1] / "results"
-ALL = [pytest.param(key, id=table_name(*key)) for key in TABLES]
+STORED = [key for key in TABLES if (RESULTS / f"{table_name(*key)}.csv").exists()]      # a table of a system that is not measured yet has no file
+ALL = [pytest.param(key, id=table_name(*key)) for key in STORED]
 
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
     "A copy of results/ that a test may spoil."
     return Path(shutil.copytree(RESULTS, tmp_path / "results"))
+
+
+def test_every_file_is_a_table_that_is_known():
+    assert {path.stem for path in RESULTS.glob("*.csv")} == {table_name(*key) for key in STORED}
+    assert {("embedmap", "1"), ("embedmap", "speakers")} <= set(STORED)
 
 
 @pytest.mark.parametrize("key", ALL)
@@ -25,7 +31,7 @@ def test_every_stored_figure_is_backed(key):
 
 
 def test_every_record_is_named_by_a_table():
-    named = {name for key in TABLES for cell in pd.read_csv(RESULTS / f"{table_name(*key)}.csv")["runs"] for name in cell.split()}
+    named = {name for key in STORED for cell in pd.read_csv(RESULTS / f"{table_name(*key)}.csv")["runs"] for name in cell.split()}
     assert {path.stem for path in (RESULTS / "runs").glob("*.json")} == named
 
 
@@ -56,7 +62,7 @@ def test_an_altered_record_is_refused(copy):
     start = text.index('"text_psnr": {"values": [') + len('"text_psnr": {"values": [')
     record.write_text(text[:start] + "60.0, " + text[text.index(", ", start) + 2:])
     with pytest.raises(UnbackedFigure):
-        for key in TABLES:
+        for key in STORED:
             check_table(find_table(*key), copy / f"{table_name(*key)}.csv")
 
 
