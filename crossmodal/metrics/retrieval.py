@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../../nbs/metrics/01_retrieval.ipynb #dfcec4af
-LANES, ROWS, PART = 128, 8, 16              # captions in a panel, images that pass it together, groups of eight coordinates in a partial sum
+# %% ../../nbs/metrics/01_retrieval.ipynb #cedadadb
+LANES, ROWS, PART = 64, 20, 16              # captions in a panel, images that pass it together, groups of eight coordinates in a partial sum
 
 
 def _costs(images, first, rows, panel, signs, order, total, part):

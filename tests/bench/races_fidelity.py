@@ -3,7 +3,7 @@ import numpy as np
 import torch
 from race import Race
 
-from crossmodal.metrics.fidelity import frechet_distance, inception_score, kernel_distance
+from crossmodal.metrics.fidelity import FeatureStatistics, frechet_distance, inception_score, kernel_distance
 
 
 def features(n: int, d: int, seed: int) -> torch.Tensor:
@@ -12,9 +12,21 @@ def features(n: int, d: int, seed: int) -> torch.Tensor:
     return torch.randn(n, d, generator=generator) * torch.linspace(.1, 2, d) + torch.randn(n, 8, generator=generator) @ torch.randn(8, d, generator=generator)
 
 
-def their_fid(a: torch.Tensor, b: torch.Tensor) -> float:
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-    return fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), False)["frechet_inception_distance"]
+def their_statistics(features: torch.Tensor) -> dict:
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+    return fid_features_to_statistics(features)
+
+
+def their_fid(a: dict, b: dict) -> float:
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
+    return fid_statistics_to_metric(a, b, False)["frechet_inception_distance"]
+
+
+def root_fid(a: dict, b: dict) -> float:
+    "The root of the product of the covariances by SciPy: pytorch-fid, and torch-fidelity before 0.4."
+    from scipy.linalg import sqrtm
+    root = sqrtm(a["sigma"] @ b["sigma"])
+    return float(np.square(a["mu"] - b["mu"]).sum() + np.trace(a["sigma"]) + np.trace(b["sigma"]) - 2 * np.trace(root).real)
 
 
 def their_kid(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -37,11 +49,16 @@ def relative(ours: float, theirs: float) -> float: return abs(float(ours) - floa
 
 
 def races() -> list[Race]:
-    out = []
-    for n in (2933, 500):
-        a, b = features(n, 2048, 0), features(n, 2048, 1)
-        out.append(Race(f"FID, distance step, {n:,} + {n:,} x 2,048 features", lambda a=a, b=b: frechet_distance(a, b), lambda a=a, b=b: their_fid(a, b),
-                        relative, 1e-5, "torch-fidelity", ("torch-fidelity", "numpy"), bar=10))
+    few, many = ([features(n, 2048, seed) for seed in (0, 1)] for n in (500, 2933))
+    ours, theirs = [FeatureStatistics().update(x) for x in many], [their_statistics(x) for x in many]
+    out = [Race("FID, distance step, 2,933 + 2,933 x 2,048", lambda: frechet_distance(*ours), lambda: root_fid(*theirs), relative, 1e-5,
+                "scipy.linalg.sqrtm (pytorch-fid; torch-fidelity 0.3)", ("scipy", "numpy"), bar=10),
+           Race("FID, distance step, 2,933 + 2,933 x 2,048, newer peer", lambda: frechet_distance(*ours), lambda: their_fid(*theirs), relative, 1e-5,
+                "torch-fidelity 0.4: numpy's eigvals", ("torch-fidelity", "numpy"), bar=10),
+           Race("FID from 500 + 500 x 2,048 features", lambda: frechet_distance(*few), lambda: their_fid(*map(their_statistics, few)), relative, 1e-5,
+                "torch-fidelity", ("torch-fidelity", "numpy"), bar=10),
+           Race("FID from 2,933 + 2,933 x 2,048 features", lambda: frechet_distance(*many), lambda: their_fid(*map(their_statistics, many)), relative, 1e-5,
+                "torch-fidelity", ("torch-fidelity", "numpy"), bar=1)]
     c, d = (features(2933, 2048, seed).double() for seed in (2, 3))
     out.append(Race("KID, 100 subsets of 1,000 from 2,933 + 2,933 x 2,048", lambda: kernel_distance(c, d), lambda: their_kid(c, d),
                     lambda ours, theirs: relative(kernel_distance(c, d, subsets=10), theirs), 1e-6,
