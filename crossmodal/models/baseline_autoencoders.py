@@ -48,7 +48,7 @@ def rebuilding_loss(
     distortion = F.mse_loss(rebuilt.images, images)
     return distortion if rebuilt.rate is None else distortion + rate_weight * rebuilt.rate.mean()
 
-# %% ../../nbs/models/07_baseline_autoencoders.ipynb #b3dc3ae7
+# %% ../../nbs/models/07_baseline_autoencoders.ipynb #2e8c798a
 class ResNetAutoencoder(RebuildingAutoencoder):
     "A fine-tuned backbone and a decoder of upsampling and deconvolution (paper 000, section 4)."
 
@@ -58,11 +58,12 @@ class ResNetAutoencoder(RebuildingAutoencoder):
         backbone: str = "resnet50",             # one of `BACKBONES`
         width: int = 64,                        # channels at the full side
         trained: bool = True,                   # False: `backbone.name` ends in "-untrained", and tables should show it
+        seen: int | None = None,                # pixels to which the backbone brings pictures; None: what it was trained with
     ):
         super().__init__()
         doublings = round(math.log2(side / 4))
         if doublings < 0 or 4 * 2**doublings != side: raise ValueError(f"side is {side}: expected 4 times a power of two, such as 64 or 256.")
-        self.backbone = Backbone(backbone, trained)
+        self.backbone = Backbone(backbone, trained, seen)
         self.backbone.network.requires_grad_(True)
         self.encoder = nn.Linear(self.backbone.spec.width, code)
         channels = [max(width, 8 * width >> k) for k in range(doublings + 1)]

@@ -19,7 +19,7 @@ from ..data.text import Vocabulary
 from ..training.config import Config, Presets
 from ..training.loop import Phase
 
-# %% ../../nbs/systems/00_base.ipynb #ae95c0c8
+# %% ../../nbs/systems/00_base.ipynb #3ba8b994
 @dataclass(frozen=True)
 class Score:
     "One measure of one run, item by item, so that tables can put intervals on it."
@@ -41,9 +41,14 @@ class System(nn.Module):
         self.config, self.vocabulary = config, vocabulary
 
     @classmethod
-    def open_data(cls, config: Config, data: str, split: str) -> CaptionedImages:
+    def open_data(cls,
+        config: Config,
+        data: str,                          # a name or a folder
+        split: str,
+        vocabulary: Vocabulary | None = None,   # of a run, whatever the words of the data; None: the words of the data
+    ) -> CaptionedImages:
         "The split of a dataset as this system wants it."
-        return open_dataset(data, split)
+        return open_dataset(data, split, **({"vocabulary": vocabulary} if vocabulary else {}))
 
     def prepare(self, train: CaptionedImages):
         "Fill buffers that come from data rather than from training. Called once, before the first phase."

@@ -143,7 +143,7 @@ def spoken_words(
     lacking = [word for word in words if word not in found.words]
     return found.with_words_from(open_speech("bundled").select(words=lacking)) if lacking else found
 
-# %% ../../nbs/systems/02_embedmap.ipynb #8a1d7525
+# %% ../../nbs/systems/02_embedmap.ipynb #6d6953b1
 class NamedDigits(System):
     "Names of two-digit pictures as text and as speech."
     home = "digits"
@@ -156,7 +156,7 @@ class NamedDigits(System):
         self.register_buffer("mean_picture", torch.zeros(self.channels, 28, 56))
 
     @classmethod
-    def open_data(cls, config, data, split):
+    def open_data(cls, config, data, split, vocabulary=None):          # numbers have the same names everywhere
         per_number = config.per_number
         if split == "val": per_number = max(2, (per_number or 1000) // 10)
         return open_dataset(data, split, colour=config.colour, seed=config.seed, per_number=per_number)

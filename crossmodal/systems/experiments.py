@@ -48,7 +48,7 @@ def plan(
     return config, {"name": train_split.source, "given": Path(data).name, "fingerprint": train_split.fingerprint,
                     "items": len(train_split), "vocabulary": train_split.vocabulary.to_json()}
 
-# %% ../../nbs/systems/09_experiments.ipynb #a2c155b6
+# %% ../../nbs/systems/09_experiments.ipynb #65a6f2a3
 def fit_run(
     run: Run,
     data: str,
@@ -57,12 +57,13 @@ def fit_run(
     "Train what is left of a run, measure it, and write its record. Ctrl-C leaves a checkpoint and raises `Interrupted`."
     kind, started = find_system(run.record["system"]), time.perf_counter()
     config = config_from_json(kind.Config, run.record["config"])
-    train_split, val, test = (kind.open_data(config, data, split) for split in ("train", "val", "test"))
+    vocabulary = Vocabulary.from_json(run.record["data"]["vocabulary"])
+    train_split, val, test = (kind.open_data(config, data, split, vocabulary) for split in ("train", "val", "test"))
     if train_split.fingerprint != run.record["data"]["fingerprint"]:
         expected = run.record["data"]["fingerprint"]
         raise RunError(f"{run.folder} was begun on other data: expected fingerprint {expected}, found {train_split.fingerprint} in {data}.")
     torch.manual_seed(config.seed)
-    system = kind(config, train_split.vocabulary)
+    system = kind(config, vocabulary)
     found, spent = latest_checkpoint(run.folder / "checkpoints"), run.record["seconds"]
     if not found: system.prepare(train_split)
     metrics = Metrics(run.folder)
@@ -130,7 +131,7 @@ def load(
     system.load_state_dict(checkpoint.model)
     return system.eval().requires_grad_(False)
 
-# %% ../../nbs/systems/09_experiments.ipynb #3dedfda8
+# %% ../../nbs/systems/09_experiments.ipynb #ae9f00a6
 def evaluate(
     run: str | Path,                        # a run folder
     data: str | None = None,                # a name or a folder; None: what the run was trained on
@@ -138,4 +139,4 @@ def evaluate(
 ) -> dict[str, Score]:
     "The measures of a trained system on a split."
     found, system = open_run(run), load(run)
-    return system.evaluate(type(system).open_data(system.config, data_of(found, data), split))
+    return system.evaluate(type(system).open_data(system.config, data_of(found, data), split, system.vocabulary))
