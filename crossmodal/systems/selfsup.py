@@ -105,7 +105,7 @@ class SelfSupConfig(RebuildConfig):
     one_sided_weight: Weight = 0.           # of a term that eq. 5 does not have (16 as released): a generator without bounds can make it as small as it likes
     mapping: Literal["gan", "mmd"] = "gan"  # which of the two draws and describes; both are trained
 
-# %% ../../nbs/systems/01_selfsup.ipynb #bb5bc907
+# %% ../../nbs/systems/01_selfsup.ipynb #815334bc
 REBUILD_PRESETS = {
     "smoke": {"side": Changed(32, "a test must end in seconds"), "margin": Changed(1., "drawn birds fill their pictures"),
               "per_species": Changed(2, "a test must end in seconds"), "backbone": Changed("efficientnet_lite0", "its weights need no download"),
@@ -147,7 +147,8 @@ SELFSUP_PRESETS = {
         "pixel_weight": Changed(200., "as in quick, but photographs are judged by their look"),
         "kl_weight": Changed(1., "as in quick"), "forcing": Changed(1., "as in quick"),
         "text_epochs": Changed(6, "two cores"), "text_rate": Changed(3e-3, "few steps"), "gan_epochs": Changed(12, "two cores"),
-        "critic_bound": Changed(0., "a bounded critic wants some hundred thousand steps"), "mmd_epochs": Changed(12, "two cores"), "mmd_patient": Changed(2, "few steps")},
+        "critic_bound": Changed(0., "a bounded critic wants some hundred thousand steps"), "mmd_epochs": Changed(12, "two cores"),
+        "mmd_patient": Changed(2, "few steps")},
     "paper": {},
 }
 
