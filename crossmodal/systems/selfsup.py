@@ -105,7 +105,7 @@ class SelfSupConfig(RebuildConfig):
     one_sided_weight: Weight = 0.           # of a term that eq. 5 does not have (16 as released): a generator without bounds can make it as small as it likes
     mapping: Literal["gan", "mmd"] = "gan"  # which of the two draws and describes; both are trained
 
-# %% ../../nbs/systems/01_selfsup.ipynb #815334bc
+# %% ../../nbs/systems/01_selfsup.ipynb #328c1fa8
 REBUILD_PRESETS = {
     "smoke": {"side": Changed(32, "a test must end in seconds"), "margin": Changed(1., "drawn birds fill their pictures"),
               "per_species": Changed(2, "a test must end in seconds"), "backbone": Changed("efficientnet_lite0", "its weights need no download"),
@@ -120,7 +120,7 @@ REBUILD_PRESETS = {
               "judge": Changed("efficientnet_lite0", "its weights need no download"), "judged": Changed(400, "two cores, minutes")},
     "reduced": {"side": Changed(64, "two cores"), "backbone": Changed("efficientnet_lite0_middle", "no download; it still knows where parts are"),
                 "backbone_side": Changed(128, "three times faster, and no less is drawn at 64"), "code": Changed(256, "half an hour, not days"),
-                "image_epochs": Changed(12, "likewise"), "image_rate": Changed(5e-4, "few steps"),
+                "image_epochs": Changed(60, "likewise"), "image_rate": Changed(5e-4, "few steps"),
                 "augment": Changed(False, "with independent flips no code can say where a bird looks; that costs more epochs than there are"),
                 "judge": Changed("efficientnet_lite0", "its weights need no download")},
     "paper": {},
@@ -146,8 +146,9 @@ SELFSUP_PRESETS = {
         "branches": Changed(2, "32 and 64 pixels"), "generator_width": Changed(16, "two cores"), "discriminator_width": Changed(8, "likewise"),
         "pixel_weight": Changed(200., "as in quick, but photographs are judged by their look"),
         "kl_weight": Changed(1., "as in quick"), "forcing": Changed(1., "as in quick"),
-        "text_epochs": Changed(6, "two cores"), "text_rate": Changed(3e-3, "few steps"), "gan_epochs": Changed(12, "two cores"),
-        "critic_bound": Changed(0., "a bounded critic wants some hundred thousand steps"), "mmd_epochs": Changed(12, "two cores"),
+        "pretrain_epochs": Changed(8, "two cores"), "text_epochs": Changed(120, "likewise"), "text_rate": Changed(3e-3, "few steps"),
+        "gan_epochs": Changed(200, "two cores"),
+        "critic_bound": Changed(0., "a bounded critic wants some hundred thousand steps"), "mmd_epochs": Changed(200, "two cores"),
         "mmd_patient": Changed(2, "few steps")},
     "paper": {},
 }
@@ -551,7 +552,7 @@ class Turns(nn.Module):
 
     def __getitem__(self, name: str) -> Int[Tensor, ""]: return getattr(self, name)
 
-# %% ../../nbs/systems/01_selfsup.ipynb #3563d3b9
+# %% ../../nbs/systems/01_selfsup.ipynb #7be46024
 class SelfSup(Rebuilds):
     "Pictures to sentences and back, without a single pair (paper 000)."
     title = "pictures <-> sentences by two autoencoders and a mapping between their codes, without pairs (paper 000)"
@@ -596,6 +597,9 @@ class SelfSup(Rebuilds):
         if self.config.text_file:
             lines = file_sentences(self.config.text_file, self.vocabulary, self.config.longest)
             first = [TextPhase(self, "any text", self.config.pretrain_epochs, lines, sentences["val"])]
+        if not len(train.captions):
+            print(f"{train.source} has no captions here: neither captions nor mappings are trained.")
+            return [PicturePhase(self, train, val), *first]
         return [PicturePhase(self, train, val), *first, TextPhase(self, "captions", self.config.text_epochs, sentences["train"], sentences["val"]),
                 GanPhase(self, train, self.config.gan_epochs, self.config.gan_batch), MmdPhase(self, train, self.config.mmd_epochs, self.config.mmd_batch)]
 
