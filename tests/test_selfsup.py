@@ -1,4 +1,7 @@
 "Paper 000's system: every reading runs and makes a difference, a run can be loaded, and one that was stopped in any phase ends as if it had not been."
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from crossmodal.systems.selfsup import SELFSUP_PRESETS, WAYS, GanPhase, MmdPhase
 from crossmodal.training.checkpoint import latest_checkpoint
 from crossmodal.training.config import apply_preset, override
 from crossmodal.training.loop import Interrupted, Loop, StopOnSignal
+from crossmodal.training.runs import RunError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHANGES = {"image_epochs": 2, "text_epochs": 2, "gan_epochs": 3, "mmd_epochs": 3, "text_batch": 270, "gan_batch": 27, "mmd_batch": 27}
@@ -114,6 +118,39 @@ def test_a_run_is_loaded_with_all_its_abilities(whole):
     assert system.embed_images(drawn).shape == system.embed_texts(texts).shape == (2, 100)
     assert torch.equal(system.embed_texts(texts), system.embed_texts(texts))
     assert system.vocabulary == open_dataset("birds", "train", per_species=2, specials=("<start>", "<end>", "<unk>")).vocabulary
+
+
+@pytest.mark.parametrize("ask, complaint", [
+    (lambda system: system.embed_texts(["a red bird", "xyzzy plugh"]), "no word of 'xyzzy plugh' is known"),
+    (lambda system: system.images_from_embeddings(torch.zeros(2, 32)), r"codes are \(b, 100\), found shape \(2, 32\)"),
+    (lambda system: system.texts_from_embeddings(torch.zeros(100)), r"found shape \(100,\)"),
+    (lambda system: system.images_from_images(torch.zeros(1, 1, 32, 32)), "grey ones are shown with"),
+    (lambda system: system.texts_from_images(torch.zeros(1, 3, 4, 32)), "4 x 32 pixels are too small")])
+def test_bad_input_is_named(whole, ask, complaint):
+    with pytest.raises(ValueError, match=complaint): ask(crossmodal.load(whole.folder))
+
+
+def test_words_that_do_not_fit_the_weights(whole, tmp_path):
+    copy = shutil.copytree(whole.folder, tmp_path / "run")
+    record = json.loads((copy / "run.json").read_text())
+    record["data"]["vocabulary"]["words"].pop()
+    (copy / "run.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match="do not fit the configuration and the words"): crossmodal.load(copy)
+
+
+def test_splits_share_the_words_of_a_run(tmp_path):
+    (tmp_path / "news.txt").write_text("a zeppelin crossed the channel\n")
+    _, config, data = tiny(text_file=str(tmp_path / "news.txt"))
+    (tmp_path / "news.txt").unlink()                            # elsewhere a run must do without the file
+    test = SelfSup.open_data(config, "birds", "test", data.vocabulary)
+    assert test.vocabulary == data.vocabulary and int(test.captions.max()) < len(data.vocabulary)
+
+
+def test_pictures_without_captions_train_what_they_can(capsys):
+    system, _, data = tiny()
+    data.captions, data.lengths = data.captions[:0], data.lengths[:0]
+    assert [phase.name for phase in system.phases(data, data)] == ["pictures"]
+    assert "has no captions here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("step", [2, 7, 11, 15])               # pictures (6 steps), captions (4), gan (6), mmd (6)

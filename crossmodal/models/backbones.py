@@ -68,7 +68,7 @@ def _lite0(trained: bool, middle: bool) -> nn.Module:
     network.forward = network.extract_features                          # without the classifier
     return network
 
-# %% ../../nbs/models/03_backbones.ipynb #ade21116
+# %% ../../nbs/models/03_backbones.ipynb #342ea27e
 class Backbone(nn.Module):
     "A trained encoder: pictures to one vector and a map of regions. Frozen: it stays in evaluation mode and its parameters want no gradient."
 
@@ -94,6 +94,9 @@ class Backbone(nn.Module):
         images: Float[Tensor, "b 3 h w"],   # in [-1, 1], of any size
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b c k k"]]:
         "The vector and the regions of each picture."
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"pictures are (b, 3, h, w) in [-1, 1], found shape {tuple(images.shape)}; grey ones are shown with images.expand(-1, 3, -1, -1).")
+        if min(images.shape[2:]) < 8: raise ValueError(f"pictures of {images.shape[2]} x {images.shape[3]} pixels are too small: expected at least 8 a side.")
         side = self.spec.side
         if images.shape[2:] != (side, side): images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
         x = ((images + 1) / 2 - self.mean) / self.std

@@ -118,7 +118,7 @@ def resume(
     run = open_run(folder)
     return run if run.finished else fit_run(run, data_of(run, data), quiet)
 
-# %% ../../nbs/systems/09_experiments.ipynb #8aeb1ecb
+# %% ../../nbs/systems/09_experiments.ipynb #cde2c929
 def load(
     run: str | Path,                        # a run folder
 ) -> System:
@@ -128,7 +128,9 @@ def load(
     if checkpoint is None: raise RunError(f"{found.folder} holds no checkpoint yet: go on with `crossmodal resume {found.folder}`.")
     kind = find_system(found.record["system"])
     system = kind(config_from_json(kind.Config, found.record["config"]), Vocabulary.from_json(found.record["data"]["vocabulary"]))
-    system.load_state_dict(checkpoint.model)
+    try: system.load_state_dict(checkpoint.model)
+    except RuntimeError as error:
+        raise RunError(f"the weights in {found.folder} do not fit the configuration and the words in its run.json; was one of them changed? {error}") from error
     return system.eval().requires_grad_(False)
 
 # %% ../../nbs/systems/09_experiments.ipynb #ae9f00a6

@@ -105,7 +105,7 @@ class SelfSupConfig(RebuildConfig):
     one_sided_weight: Weight = 0.           # of a term that eq. 5 does not have (16 as released): a generator without bounds can make it as small as it likes
     mapping: Literal["gan", "mmd"] = "gan"  # which of the two draws and describes; both are trained
 
-# %% ../../nbs/systems/01_selfsup.ipynb #328c1fa8
+# %% ../../nbs/systems/01_selfsup.ipynb #8b913011
 REBUILD_PRESETS = {
     "smoke": {"side": Changed(32, "a test must end in seconds"), "margin": Changed(1., "drawn birds fill their pictures"),
               "per_species": Changed(2, "a test must end in seconds"), "backbone": Changed("efficientnet_lite0", "its weights need no download"),
@@ -146,7 +146,7 @@ SELFSUP_PRESETS = {
         "branches": Changed(2, "32 and 64 pixels"), "generator_width": Changed(16, "two cores"), "discriminator_width": Changed(8, "likewise"),
         "pixel_weight": Changed(200., "as in quick, but photographs are judged by their look"),
         "kl_weight": Changed(1., "as in quick"), "forcing": Changed(1., "as in quick"),
-        "pretrain_epochs": Changed(8, "two cores"), "text_epochs": Changed(120, "likewise"), "text_rate": Changed(3e-3, "few steps"),
+        "pretrain_epochs": Changed(3, "two cores"), "text_epochs": Changed(40, "likewise"), "text_rate": Changed(3e-3, "few steps"),
         "gan_epochs": Changed(200, "two cores"),
         "critic_bound": Changed(0., "a bounded critic wants some hundred thousand steps"), "mmd_epochs": Changed(200, "two cores"),
         "mmd_patient": Changed(2, "few steps")},
@@ -552,7 +552,7 @@ class Turns(nn.Module):
 
     def __getitem__(self, name: str) -> Int[Tensor, ""]: return getattr(self, name)
 
-# %% ../../nbs/systems/01_selfsup.ipynb #7be46024
+# %% ../../nbs/systems/01_selfsup.ipynb #16171b15
 class SelfSup(Rebuilds):
     "Pictures to sentences and back, without a single pair (paper 000)."
     title = "pictures <-> sentences by two autoencoders and a mapping between their codes, without pairs (paper 000)"
@@ -614,8 +614,10 @@ class SelfSup(Rebuilds):
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b 100"]:
-        "Codes of sentences."
+        "Codes of sentences. One without a single known word is a `ValueError`: its code would say nothing."
         captions, lengths = self.vocabulary.encode(list(texts))
+        known = (captions > len(SPECIALS)).any(1).tolist()                     # the special words come first
+        if not all(known): raise ValueError(f"no word of {list(texts)[known.index(False)]!r} is known: this system learned {len(self.vocabulary.words)} words.")
         return self.encode_captions(captions.to(self.texts.out.weight.device), lengths)
 
     @torch.no_grad()
@@ -623,9 +625,15 @@ class SelfSup(Rebuilds):
         "Pictures in [-1, 1], carried into the space of sentence codes."
         return self.mappings[self.config.mapping]["image-to-text"]["generator"](self.pictures.translated(self.look(images)))
 
+    def check_codes(self, embeddings: Float[Tensor, "b 100"]):
+        "A `ValueError` for what cannot be sentence codes of this system."
+        width = self.texts.decoder.hidden_size
+        if embeddings.ndim != 2 or embeddings.shape[1] != width: raise ValueError(f"sentence codes are (b, {width}), found shape {tuple(embeddings.shape)}.")
+
     @torch.no_grad()
     def images_from_embeddings(self, embeddings: Float[Tensor, "b 100"]) -> Float[Tensor, "b 3 h w"]:
         "Sentence codes, carried into the space of picture codes and drawn; in [-1, 1]."
+        self.check_codes(embeddings)
         return self.pictures.rebuild(self.mappings[self.config.mapping]["text-to-image"]["generator"](embeddings))
 
     def images_from_texts(self, texts: Sequence[str]) -> Float[Tensor, "b 3 h w"]:
@@ -634,6 +642,7 @@ class SelfSup(Rebuilds):
 
     def texts_from_embeddings(self, embeddings: Float[Tensor, "b 100"]) -> list[str]:
         "Write sentence codes out."
+        self.check_codes(embeddings)
         return self.vocabulary.decode(self.texts.generate(embeddings, self.config.longest))
 
     def texts_from_images(self, images: Float[Tensor, "b 3 h w"]) -> list[str]:

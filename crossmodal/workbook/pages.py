@@ -29,7 +29,7 @@ def page_settings(
     return {"data": ask("DATASET", home), "preset": ask("PRESET", "smoke"), "seeds": [int(seed) for seed in ask("SEEDS", "0").split()],
             "changes": {"speech": speech} if speech else {}, "folder": ask("RUNS", "../../runs/smoke"), "quiet": True}
 
-# %% ../../nbs/workbook/01_pages.ipynb #8a3b25f3
+# %% ../../nbs/workbook/01_pages.ipynb #6d7af0dd
 def _grid(rows: int, columns: int, width: float, words: float = 0.):
     "A figure of square axes without frames, with room for words at one side; inches."
     import matplotlib.pyplot as plt
@@ -58,7 +58,7 @@ def show_rows(
 
 def show_beside(
     images: Float[Tensor, "n c h w"],       # in [-1, 1]
-    texts: Sequence[str],                   # one for each picture; may have several lines
+    texts: Sequence[str],                   # one for each picture; may have several lines, of which long ones are cut
     width: float = 1.3,                     # inches per picture
     letters: int = 100,                     # of a line
 ):
@@ -66,7 +66,7 @@ def show_beside(
     fig, axes = _grid(len(images), 1, width, words=6.4)
     for ax, image, text in zip(axes[:, 0], images, texts, strict=True):
         _paint(ax, image)
-        lines = "\n".join(textwrap.fill(line, letters, subsequent_indent="    ") for line in text.splitlines())
+        lines = "\n".join(textwrap.fill(line, letters, subsequent_indent="    ", max_lines=2, placeholder=" ...") for line in text.splitlines())
         ax.text(1.05, .5, lines, ha="left", va="center", fontsize=8, transform=ax.transAxes)
     fig.subplots_adjust(left=0, right=width / fig.get_figwidth(), bottom=0, top=1, hspace=.06)
     return fig

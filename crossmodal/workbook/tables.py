@@ -6,7 +6,7 @@
 __all__ = ['EMBEDMAP_TABLE1', 'SELFSUP_TABLE1', 'SELFSUP_TABLE2', 'SELFSUP_TEXTS', 'TABLES', 'IN_WORKBOOK', 'COLUMNS', 'PICTURE',
            'TEXT', 'SPEECH', 'Cell', 'embedmap_table1', 'embedmap_speakers', 'selfsup_table1', 'selfsup_table2',
            'selfsup_texts', 'table_name', 'find_table', 'questions', 'answer', 'fits', 'data_name', 'table_row',
-           'build_table', 'write_table', 'UnbackedFigure', 'check_table', 'readable', 'plot_table',
+           'possible', 'build_table', 'write_table', 'UnbackedFigure', 'check_table', 'readable', 'plot_table',
            'paired_differences']
 
 # %% ../../nbs/workbook/00_tables.ipynb #ad61083c
@@ -26,7 +26,7 @@ from ..training.runs import Run, RunError, finished_runs, record_text, run_name
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../../nbs/workbook/00_tables.ipynb #99446581
+# %% ../../nbs/workbook/00_tables.ipynb #ee1e0324
 @dataclass(frozen=True)
 class Cell:
     "One figure of a table."
@@ -37,6 +37,7 @@ class Cell:
     paper: float | Mapping[str, float] | None        # by dataset where the paper has several; None: the paper does not report it
     system: str                             # a name in `SYSTEMS`
     changes: Mapping[str, Any] = field(default_factory=dict)    # what distinguishes this row and column
+    only: str = ""                          # the one dataset that has this measure; empty: all have it
 
 # %% ../../nbs/workbook/00_tables.ipynb #44f81bc9
 EMBEDMAP_TABLE1 = {                         # text grey, text coloured, speech grey, speech coloured: paper 002, Table 1, dB
@@ -74,7 +75,7 @@ def embedmap_speakers() -> list[Cell]:
                   for column, score in (("ten takes, never heard", "unheard_digits"), ("others, one recording it learned from", "speech_digits"))]
     return cells
 
-# %% ../../nbs/workbook/00_tables.ipynb #b69e865d
+# %% ../../nbs/workbook/00_tables.ipynb #1dedcfa9
 SELFSUP_TABLE1 = {                          # Inception Score and FID as printed: CUB, then Oxford-102
     "ResNet autoencoder": ("resnet", {"cub": 1.08}, {"cub": 275.71}),
     "Com-Rec autoencoder": ("com-rec", {"cub": 1.15}, {"cub": 248.95}),
@@ -96,7 +97,8 @@ def selfsup_table1() -> list[Cell]:
         system, changes = ("selfsup-baseline", {"autoencoder": kind, "judge": judge}) if kind else ("selfsup", {"judge": judge})
         measures = {f"Inception Score ({judge})": (f"inception score ({judge})", score), f"FID ({judge})": (f"fid ({judge})", distance),
                     "squared error": ("squared error", None), "attributes (%)": ("attributes of rebuilt pictures", None)}
-        cells += [Cell(row, "rebuilt pictures", metric, name, paper, system, changes) for metric, (name, paper) in measures.items()]
+        cells += [Cell(row, "rebuilt pictures", metric, name, paper, system, changes, "birds" if metric == "attributes (%)" else "")
+                  for metric, (name, paper) in measures.items()]
     return cells
 
 
@@ -106,7 +108,8 @@ def selfsup_table2() -> list[Cell]:
     for row, (kind, *papers) in SELFSUP_TABLE2.items():
         for way, paper in zip(("image-to-text", "text-to-image"), papers, strict=True):
             measures = {"class accuracy (%)": ("class accuracy", paper), "attributes (%)": ("attributes", None)}
-            cells += [Cell(row, way, metric, f"{kind} {way} {score}", figure, "selfsup") for metric, (score, figure) in measures.items()]
+            cells += [Cell(row, way, metric, f"{kind} {way} {score}", figure, "selfsup", only="birds" if score == "attributes" else "")
+                      for metric, (score, figure) in measures.items()]
     return cells
 
 
@@ -162,7 +165,7 @@ def answer(
         runs.append(resume(place, data, quiet) if (place / "run.json").exists() else train(system, data, preset, place, wanted, quiet=quiet))
     return runs
 
-# %% ../../nbs/workbook/00_tables.ipynb #15c7b141
+# %% ../../nbs/workbook/00_tables.ipynb #8417fa18
 COLUMNS = ["row", "column", "metric", "paper", "ours", "low", "high", "n", "chance", "seeds", "preset", "data", "runs"]
 
 
@@ -194,12 +197,22 @@ def table_row(cell: Cell, records: Sequence[Mapping[str, Any]]) -> dict[str, Any
         "data": data_name(records[0]), "runs": " ".join(record["id"] for record in records)}
 
 
+def possible(
+    cells: Sequence[Cell],
+    data: Iterable[str],                    # what runs learned from; nothing known: all cells
+) -> list[Cell]:
+    "The cells that runs on these data can answer."
+    names = {name.split(",")[0] for name in data}
+    return [cell for cell in cells if not cell.only or not names or cell.only in names]
+
+
 def build_table(
     cells: Sequence[Cell],
     records: Sequence[Mapping[str, Any]],   # what `run.json` of finished runs holds
 ) -> "pd.DataFrame":
-    "The table, one line per cell, with the columns `COLUMNS`."
+    "The table, one line per cell that these data have, with the columns `COLUMNS`."
     import pandas as pd
+    cells = possible(cells, map(data_name, records))
     rows = [table_row(cell, sorted((record for record in records if fits(record, cell)), key=lambda record: record["seed"])) for cell in cells]
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -229,7 +242,7 @@ def write_table(
     write_atomic(path, table.to_csv(index=False))
     return path
 
-# %% ../../nbs/workbook/00_tables.ipynb #26c13e61
+# %% ../../nbs/workbook/00_tables.ipynb #086d7857
 class UnbackedFigure(ValueError): "A figure in a stored table that no record backs."
 
 
@@ -242,7 +255,7 @@ def check_table(
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist: `crossmodal table` writes it.")
     stored = pd.read_csv(path, dtype={"seeds": str})
-    by_place = {(cell.row, cell.column, cell.metric): cell for cell in cells}
+    by_place = {(cell.row, cell.column, cell.metric): cell for cell in possible(cells, stored["data"].dropna())}
     for line in stored.itertuples():
         place = f"{path.name}: {line.row} / {line.column} / {line.metric}"
         if (line.row, line.column, line.metric) not in by_place: raise UnbackedFigure(f"{place} is not a cell of this table.")
@@ -263,18 +276,20 @@ def check_table(
         raise UnbackedFigure(f"{path.name} lacks {len(gone)} cells, such as {' / '.join(min(gone))}.")
     return stored
 
-# %% ../../nbs/workbook/00_tables.ipynb #f140a8f1
+# %% ../../nbs/workbook/00_tables.ipynb #2fee663a
 def readable(
     table: "pd.DataFrame",
-    metric: str = "PSNR (dB)",
+    metric: str = "",                       # empty: the table's first
 ) -> "pd.DataFrame":
-    "One measure of a table as text: `ours [low, high] (paper)`."
+    "One measure of a table as text: `ours [low, high] (paper)`; no interval where one figure stands for a whole run and there is one run."
+    metric = metric or table["metric"].iloc[0]
     part = table[table["metric"] == metric]
     def text(line):
         if line["ours"] != line["ours"]: return "not run"
         digits = 0 if line["high"] - line["low"] > 10 else 1 if line["high"] - line["low"] > .5 else 2
         paper = "" if line["paper"] != line["paper"] or line["paper"] is None else f" ({line['paper']:g})"
-        return f"{line['ours']:.{digits}f} [{line['low']:.{digits}f}, {line['high']:.{digits}f}]{paper}"
+        between = f" [{line['low']:.{digits}f}, {line['high']:.{digits}f}]" if line["high"] > line["low"] else ""
+        return f"{line['ours']:.{digits}f}{between}{paper}"
     cells, ran = part.assign(text=part.apply(text, axis=1)), part[part["ours"].notna()]
     heading = f"{metric}; seeds {ran['seeds'].iloc[0]}, n {ran['n'].min()}" if len(ran) else metric
     chance = sorted({f"{value:.3g}" for value in ran["chance"].dropna()}, key=float)
@@ -282,16 +297,17 @@ def readable(
     rows, columns = list(dict.fromkeys(part["row"])), list(dict.fromkeys(part["column"]))
     return cells.pivot(index="row", columns="column", values="text").reindex(index=rows, columns=columns).fillna("-").rename_axis(index=None, columns=heading)
 
-# %% ../../nbs/workbook/00_tables.ipynb #ea57989f
+# %% ../../nbs/workbook/00_tables.ipynb #f02e4546
 PICTURE, TEXT, SPEECH = "#0072B2", "#D55E00", "#009E73"     # the book's colours, safe for the colour-blind
 
 
 def plot_table(
     table: "pd.DataFrame",
-    metric: str = "PSNR (dB)",
+    metric: str = "",                       # empty: the table's first
 ):
     "Ours with intervals beside the paper's figures; returns the matplotlib figure."
     import matplotlib.pyplot as plt
+    metric = metric or table["metric"].iloc[0]
     part = table[(table["metric"] == metric) & table["ours"].notna()]
     columns = list(dict.fromkeys(part["column"]))
     fig, axes = plt.subplots(1, len(columns), figsize=(2 + 2.2 * len(columns), 1.6 + .32 * part["row"].nunique()), sharey=True, squeeze=False)
