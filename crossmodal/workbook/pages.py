@@ -29,11 +29,11 @@ def page_settings(
     return {"data": ask("DATASET", home), "preset": ask("PRESET", "smoke"), "seeds": [int(seed) for seed in ask("SEEDS", "0").split()],
             "changes": {"speech": speech} if speech else {}, "folder": ask("RUNS", "../../runs/smoke"), "quiet": True}
 
-# %% ../../nbs/workbook/01_pages.ipynb #acd51223
+# %% ../../nbs/workbook/01_pages.ipynb #41177bb5
 def _grid(rows: int, columns: int, width: float, words: float = 0.):
     "A figure of square axes without frames, with room for words at one side; inches."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(rows, columns, figsize=(columns * width + words, rows * width), dpi=72, squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(columns * width + words, rows * width), dpi=60, squeeze=False)
     for ax in axes.flat: ax.axis("off")
     plt.close(fig)
     return fig, axes
