@@ -106,7 +106,7 @@ class SelfSupConfig(RebuildConfig):
     one_sided_weight: Weight = 0.           # of a term that eq. 5 does not have (16 as released): a generator without bounds can make it as small as it likes
     mapping: Literal["gan", "mmd"] = "gan"  # which of the two draws and describes; both are trained
 
-# %% ../../nbs/systems/01_selfsup.ipynb #c427c710
+# %% ../../nbs/systems/01_selfsup.ipynb #9e92b9ae
 REBUILD_PRESETS = {
     "smoke": {"side": Changed(32, "a test must end in seconds"), "margin": Changed(1., "drawn birds fill their pictures"),
               "per_species": Changed(2, "a test must end in seconds"), "backbone": Changed("efficientnet_lite0", "its weights need no download"),
@@ -116,11 +116,11 @@ REBUILD_PRESETS = {
     "quick": {"side": Changed(64, "two cores, minutes"), "margin": Changed(1., "drawn birds fill their pictures: a crop would cost bills and feet"),
               "augment": Changed(False, "with the encoder's picture flipped by another coin than the target's, no code can say where a bird looks"),
               "per_species": Changed(80, "two cores, minutes"), "backbone": Changed("efficientnet_lite0_middle", "no download; it still knows where parts are"),
-              "backbone_side": Changed(96, "five times faster, and drawn birds are simple"), "code": Changed(256, "few pictures, and small mappings"),
+              "backbone_side": Changed(96, "faster, and drawn birds are simple"), "code": Changed(256, "few pictures, and small mappings"),
               "image_epochs": Changed(22, "two cores, minutes"), "image_rate": Changed(5e-4, "few steps, so larger ones; at 1e-3 the tree collapses at times"),
               "judge": Changed("efficientnet_lite0", "its weights need no download"), "judged": Changed(400, "two cores, minutes")},
     "reduced": {"side": Changed(64, "two cores"), "backbone": Changed("efficientnet_lite0_middle", "no download; it still knows where parts are"),
-                "backbone_side": Changed(128, "three times faster, and no less is drawn at 64"), "code": Changed(256, "half an hour, not days"),
+                "backbone_side": Changed(128, "faster, for pictures of 64"), "code": Changed(256, "half an hour, not days"),
                 "image_epochs": Changed(60, "likewise"), "image_rate": Changed(5e-4, "few steps"),
                 "augment": Changed(False, "with independent flips no code can say where a bird looks; that costs more epochs than there are"),
                 "judge": Changed("efficientnet_lite0", "its weights need no download")},
@@ -553,7 +553,7 @@ class Turns(nn.Module):
 
     def __getitem__(self, name: str) -> Int[Tensor, ""]: return getattr(self, name)
 
-# %% ../../nbs/systems/01_selfsup.ipynb #16171b15
+# %% ../../nbs/systems/01_selfsup.ipynb #2a2f4aee
 class SelfSup(Rebuilds):
     "Pictures to sentences and back, without a single pair (paper 000)."
     title = "pictures <-> sentences by two autoencoders and a mapping between their codes, without pairs (paper 000)"
@@ -564,7 +564,7 @@ class SelfSup(Rebuilds):
         sizes, numbers = self.sizes(config), vocabulary.numbers
         self.pictures = PictureAutoencoder(config, sizes)
         self.discriminators = nn.ModuleList([initialize(StackDiscriminator(config.condition, size, config.discriminator_width)) for size in sizes])
-        for module in (self.pictures, self.discriminators): module.to(memory_format=torch.channels_last)      # the same figures, a third faster on a CPU
+        for module in (self.pictures, self.discriminators): module.to(memory_format=torch.channels_last)    # see tests/bench/channels_last.py
         self.texts = TextAutoencoder(len(vocabulary), numbers["<start>"], numbers["<end>"], freeze_words=bool(config.word_vectors))
         image, text = config.code if config.image_code == "code" else config.condition, self.texts.decoder.hidden_size
         hidden = config.mapping_hidden * image
