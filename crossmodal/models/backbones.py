@@ -6,10 +6,11 @@
 __all__ = ['IMAGENET', 'SYMMETRIC', 'BACKBONES', 'BackboneSpec', 'Backbone', 'BackboneEnd', 'frozen_backbone',
            'backbone_features']
 
-# %% ../../nbs/models/03_backbones.ipynb #3b608170
+# %% ../../nbs/models/03_backbones.ipynb #6728e3af
 import contextlib
 import hashlib
 import io
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -140,7 +141,13 @@ def _halves(name: str, trained: bool) -> tuple[nn.Module, nn.Sequential]:
     first = (network.conv1, network.bn1, network.relu, network.maxpool, network.layer1, network.layer2, network.layer3)
     return nn.Sequential(*first), nn.Sequential(network.layer4, *pool)
 
-# %% ../../nbs/models/03_backbones.ipynb #0488254a
+# %% ../../nbs/models/03_backbones.ipynb #d66b7c21
+@lru_cache(maxsize=2)
+def _end(name: str, trained: bool) -> nn.Sequential:
+    "Reading the weights of the whole network takes a second, and many who want an end want the same."
+    with torch.random.fork_rng(devices=[]): return _halves(name, trained)[1]
+
+
 class BackboneEnd(nn.Module):
     "The rest of a network, from the maps of `Backbone(name, front=True)` to the vector that the whole one gives. It can be trained."
 
@@ -149,18 +156,18 @@ class BackboneEnd(nn.Module):
         trained: bool = True,
     ):
         super().__init__()
-        self.layers = _halves(name, trained)[1].requires_grad_(True).to(memory_format=torch.channels_last)     # a third faster
+        self.layers = deepcopy(_end(name, trained)).requires_grad_(True).to(memory_format=torch.channels_last)     # a third faster
         self.eval()
 
     def train(self, mode: bool = True): return super().train(False)     # normalisation by ImageNet's statistics; no dropout
 
     def forward(self, maps: Float[Tensor, "b c k k"]) -> Float[Tensor, "b d"]: return self.layers(maps.contiguous(memory_format=torch.channels_last))
 
-# %% ../../nbs/models/03_backbones.ipynb #877a8b66
+# %% ../../nbs/models/03_backbones.ipynb #03d7a94e
 @lru_cache(maxsize=3)
 def frozen_backbone(name: str, side: int, front: bool = False) -> Backbone:
-    "A backbone that everybody shares."
-    return Backbone(name, side=side, front=front)
+    "A backbone that everybody shares. Building it throws no dice: else the first run of a process would differ from the next."
+    with torch.random.fork_rng(devices=[]): return Backbone(name, side=side, front=front)
 
 
 def backbone_features(

@@ -51,7 +51,7 @@ def plan(
     return config, {"name": train_split.source, "given": Path(data).name, "fingerprint": train_split.fingerprint,
                     "items": len(train_split), "vocabulary": train_split.vocabulary.to_json()}
 
-# %% ../../nbs/systems/09_experiments.ipynb #48c0cb7c
+# %% ../../nbs/systems/09_experiments.ipynb #a5ef718c
 def held_out(
     kind: type[System],
     config: Config,
@@ -73,10 +73,10 @@ def foundations(
     kind = find_system(system)
     for config in kind.stands_on(config_from_json(kind.Config, run.record["config"])):
         place = run.folder.parent / run_name(system, config, preset, described)
-        if (place / "run.json").exists(): found.append(resume(place, data, quiet))
-        else:
-            if not quiet: print(f"first {place.name}, on which {run.name} stands", flush=True)
-            found.append(fit_run(create_run(place, system, config, preset, described), data, quiet))
+        begun = (place / "run.json").exists()
+        if not begun and not quiet: print(f"first {place.name}, on which {run.name} stands", flush=True)
+        try: found.append(resume(place, data, quiet) if begun else fit_run(create_run(place, system, config, preset, described), data, quiet))
+        except Interrupted as stop: raise Interrupted(f"{str(stop).split(';')[0]} of {place.name}; go on with `crossmodal resume {run.folder}`") from None
     return found
 
 

@@ -135,3 +135,65 @@ def test_memory_does_not_grow_with_the_matrix():
     small, large = map(float, done.stdout.split())
     matrix, codes = 2000 * 24000 * 4 / 2**20, 34000 * 32 * 4 / 2**20
     assert large - small < codes < matrix / 40, f"{small:.1f} MiB more for 8,000 captions, {large:.1f} for 32,000; codes {codes:.1f}, matrix {matrix:.0f}"
+
+
+def loop_search(queries, index, k, find, reverse):
+    "Every pair by its definition; a tie is won by the lower position."
+    scores = loop_order(index, queries, reverse).T if find == "images" else loop_order(queries, index, reverse)
+    return [sorted(range(len(index)), key=lambda j: (-row[j], j))[:k] for row in scores]
+
+
+@pytest.mark.parametrize("block", [1, 3, 64, 65, 199, 200, 1000, None])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("find", R.FINDS)
+def test_search_is_a_sort_of_everything(find, reverse, block, tmp_path):
+    rng = np.random.default_rng(4)
+    queries, index = rng.integers(-2, 3, (5, 4)).astype(np.float32), rng.integers(-2, 3, (200, 4)).astype(np.float16)       # whole numbers: exact ties
+    np.save(tmp_path/"index.npy", index)
+    for held in (index, torch.from_numpy(index), torch.from_numpy(index).bfloat16(), index[::-1][::-1], np.load(tmp_path/"index.npy", mmap_mode="r")):
+        for k in (1, 10, 200):
+            scores, positions = R.order_search(torch.from_numpy(queries), held, k, find, reverse, block)
+            assert positions.tolist() == loop_search(queries, index, k, find, reverse)
+            assert scores.dtype == torch.float32 and (scores.diff(dim=1) <= 0).all()
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "constant"])
+def test_search_in_an_index_that_gets_better_or_worse(order):
+    index = {"rising": torch.arange(300.), "falling": -torch.arange(300.), "constant": torch.zeros(300)}[order][:, None]
+    for block in (1, 7, 64, 300):
+        positions = R.order_search(torch.full((2, 1), 1000.), index, 5, block=block)[1]
+        assert positions.tolist() == [list(range(299, 294, -1)) if order == "rising" else list(range(5))] * 2
+
+
+def test_search_without_numba(monkeypatch):
+    queries, index = torch.rand(3, 20), torch.rand(150, 20).half()
+    fast = R.order_search(queries, index, 7, block=50)
+    monkeypatch.setattr(R, "_compiled", lambda: False)
+    assert all(torch.equal(a, b) for a, b in zip(fast, R.order_search(queries, index, 7, block=40)))
+
+
+SEARCH = """
+import sys, threading, numpy as np, torch
+from pathlib import Path
+from crossmodal.metrics.retrieval import order_search
+torch.set_num_threads(2)
+def anonymous(): return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")) / 2**10
+index, queries, done, most = np.load(sys.argv[1], mmap_mode="r"), torch.rand(4, 256), threading.Event(), [0.]
+def watch():
+    while not done.wait(.002): most[0] = max(most[0], anonymous())
+order_search(queries, index[:4096], block=2048)
+before, watcher = anonymous(), threading.Thread(target=watch)
+watcher.start(); order_search(queries, index, block=2048); done.set(); watcher.join()
+print(most[0] - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_search_holds_a_block_and_not_the_index(tmp_path):
+    path, rows = tmp_path/"index.npy", 120_000
+    index = np.lib.format.open_memmap(path, "w+", np.float16, (rows, 256))
+    for first in range(0, rows, 20_000): index[first:first + 20_000] = np.random.default_rng(first).random((20_000, 256), np.float32)
+    index.flush()
+    done = subprocess.run([sys.executable, "-c", SEARCH, str(path)], capture_output=True, text=True, check=True)
+    gained, stored = float(done.stdout), rows * 256 * 2 / 2**20
+    assert gained < stored / 3, f"{gained:.1f} MiB more for an index of {stored:.0f} MiB in half precision, in blocks of 1 MiB"

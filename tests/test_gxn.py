@@ -1,0 +1,141 @@
+"Paper 003's system as a user meets it: runs that stand on others, a folder of one's own with unknown words, rewards that end sentences."
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crossmodal.data.text import END
+from crossmodal.losses.ranking import alike
+from crossmodal.metrics.captions import CiderD
+from crossmodal.metrics.retrieval import retrieval_ranks
+from crossmodal.systems import experiments, gxn
+from crossmodal.systems.experiments import evaluate, load, resume, train
+from crossmodal.systems.gxn import GXN_PRESETS, Gxn, GxnConfig, rank_codes, split_codes
+from crossmodal.training.config import apply_preset
+from crossmodal.training.loop import Interrupted, StopOnSignal
+from crossmodal.training.runs import open_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMOKE = apply_preset(GxnConfig(), GXN_PRESETS, "smoke")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_judges():
+    "How drawn pictures look is measured elsewhere."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gxn, "imagined_scores", lambda system, test: {})
+        yield
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    return train("gxn", preset="smoke", out=tmp_path_factory.mktemp("chain") / "whole", quiet=True)
+
+
+@pytest.fixture
+def karpathy(tmp_path):
+    "Six pictures in Karpathy's layout, all of them test or train; their words are nobody else's."
+    folder = tmp_path / "strange"
+    (folder / "images").mkdir(parents=True)
+    rng, entries = np.random.default_rng(0), []
+    for k in range(6):
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / "images" / f"{k}.png")
+        sentences = [{"raw": f"zeppelin number{k} over gizmo{j}", "tokens": ["zeppelin", f"number{k}", "over", f"gizmo{j}"]} for j in range(5)]
+        entries.append({"filename": f"{k}.png", "split": "train" if k < 2 else "val" if k == 2 else "test", "sentences": sentences, "imgid": k})
+    (folder / "dataset.json").write_text(json.dumps({"dataset": "strange", "images": entries}))
+    return folder
+
+
+def test_the_full_model_leaves_its_grounds_beside_it(chain):
+    beside = {path.name: open_run(path) for path in chain.folder.parent.iterdir() if path != chain.folder}
+    models = {name: run.record["config"]["model"] for name, run in beside.items()}
+    assert sorted(models.values()) == ["fine-tune", "frozen", "i2t-mix", "i2t-xe", "t2i"]
+    assert sorted(models[name] for name in chain.record["stands_on"]) == ["i2t-mix", "t2i"]
+    assert all(run.finished and run.record["measured"] == "test" for run in beside.values())
+
+
+def test_grounds_are_trained_once(chain, monkeypatch):
+    trained = []
+    fit = experiments.fit_run
+    monkeypatch.setattr(experiments, "fit_run", lambda run, *args: trained.append(run.record["config"]["model"]) or fit(run, *args))
+    train("gxn", preset="smoke", out=chain.folder.parent / "longer", changes={"model": "longer"}, quiet=True)
+    assert trained == ["longer"]
+
+
+def test_a_chain_that_was_stopped_goes_on_to_the_same_end(chain, tmp_path, monkeypatch):
+    "Stopped in the second of its grounds; the command that is offered finishes everything."
+    after_step, steps = StopOnSignal.after_step, []
+
+    def stop(self, loop):
+        steps.append(loop.phase.name)
+        self.asked = self.asked or steps.count("fine-tune") == 2
+        after_step(self, loop)
+    monkeypatch.setattr(StopOnSignal, "after_step", stop)
+    with pytest.raises(Interrupted): train("gxn", preset="smoke", out=tmp_path / "whole", quiet=True)
+    monkeypatch.setattr(StopOnSignal, "after_step", after_step)
+    again = resume(tmp_path / "whole", quiet=True)
+    ours, theirs = (load(run.folder).state_dict() for run in (again, chain))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_a_folder_of_other_words_can_be_measured(chain, karpathy):
+    scores = evaluate(chain.folder, karpathy)
+    assert len(scores["image-to-text R@1"].values) == 3 and all(np.isfinite(score.values).all() for score in scores.values())
+    words = Gxn.open_data(chain_config := load(chain.folder).config, karpathy, "test", load(chain.folder).vocabulary)
+    assert chain_config.model == "i2t+t2i" and (words.captions == words.vocabulary.numbers["<unk>"]).sum() >= 3 * 5 * 3
+
+
+def test_without_test_pictures_the_validation_split_is_measured_and_said(karpathy, tmp_path):
+    content = json.loads((karpathy / "dataset.json").read_text())
+    for entry in content["images"]: entry["split"] = "train" if entry["split"] == "test" else entry["split"]
+    (karpathy / "dataset.json").write_text(json.dumps(content))
+    run = train("gxn", karpathy, "smoke", tmp_path / "run", {"model": "gru"}, quiet=True)
+    assert run.record["measured"] == "val" and len(run.record["scores"]["image-to-text R@1"]["values"]) == 1
+
+
+@pytest.mark.parametrize("similarity", ["order", "cosine"])
+def test_ranks_of_joined_codes_are_those_of_the_weighted_scores(similarity):
+    "Against eq. 3 written out, on a whole split."
+    config = replace(SMOKE, model="frozen", similarity=similarity, balance=.3)
+    test = Gxn.open_data(config, "birds", "test")
+    system = Gxn(config, test.vocabulary).eval()
+    matcher, vectors = system.matcher, gxn.vector_table(system, test)[:, 0]
+    with torch.no_grad():
+        scores = 0
+        for branch, weight in (("high", .3), ("low", .7)):
+            v, t = matcher.images(vectors, branch).double(), matcher.texts(test.captions.long(), test.lengths, branch).double()
+            scores = scores + weight * (v @ t.T if similarity == "cosine" else -(t[None] - v[:, None]).clamp(min=0).pow(2).sum(2))
+    owners = split_codes(system, test)[2]
+    plain, ours = retrieval_ranks(scores, owners), rank_codes(config, *split_codes(system, test))
+    assert (plain.text_to_image - ours.text_to_image).abs().mean() < .02 and (plain.image_to_text - ours.image_to_text).abs().mean() < .02
+
+
+def test_every_sentence_that_is_rewarded_ends_or_is_cut(chain):
+    "The end is a word of the reward: a caption that stops short of it scores less."
+    system = load(chain.folder)
+    numbers = system.vocabulary.numbers
+    reward = CiderD([["a red bird"], ["a blue bird"], ["a green beak"]], system.vocabulary, end=True)
+    said = torch.tensor([[numbers["a"], numbers["red"], numbers["bird"], numbers[END]], [numbers["a"], numbers["red"], numbers["bird"], 0]])
+    ended, cut = reward.score(said, [0, 0])
+    assert ended > cut
+
+
+def test_wrong_pairs_are_never_right_ones():
+    owners, captions = torch.tensor([0, 0, 1, 2]), torch.tensor([[4, 5], [6, 5], [7, 8], [7, 8]])
+    usable = ~alike(owners, captions)[torch.arange(4), torch.arange(4).roll(1)]
+    assert usable.tolist() == [True, False, True, False]
+
+
+def test_nothing_of_the_frozen_part_is_in_a_checkpoint(chain):
+    names = set(load(chain.folder).state_dict())
+    assert any(name.startswith("end.") for name in names)
+    assert not any("_conv_stem" in name or "front" in name for name in names)
+
+
+def test_a_model_says_what_it_cannot_do():
+    system = Gxn(replace(SMOKE, model="frozen"), Gxn.open_data(SMOKE, "birds", "test").vocabulary)
+    with pytest.raises(ValueError, match="does not write: train one of i2t-xe"): system.texts_from_images(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="does not draw: train one of t2i"): system.images_from_texts(["a bird"])
