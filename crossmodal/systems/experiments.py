@@ -6,7 +6,7 @@
 __all__ = ['SYSTEMS', 'find_system', 'plan', 'held_out', 'foundations', 'fit_run', 'train', 'data_of', 'resume', 'load',
            'evaluate']
 
-# %% ../../nbs/systems/09_experiments.ipynb #4da38944
+# %% ../../nbs/systems/09_experiments.ipynb #e5f928c8
 import shutil
 import time
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from .selfsup import RebuildBaseline, SelfSup
 from ..training.checkpoint import latest_checkpoint
 from ..training.config import Config, apply_preset, config_from_json, override
 from ..training.loop import Checkpoints, EarlyStop, Interrupted, Loop, Metrics, Progress, Samples, StopOnNaN, StopOnSignal, start_from
-from ..training.runs import Run, RunError, _now, create_run, open_run, run_name
+from ..training.runs import Run, RunError, _now, create_run, finished_runs, open_run, run_name
 
 # %% ../../nbs/systems/09_experiments.ipynb #5488c322
 SYSTEMS: dict[str, type[System]] = {"selfsup": SelfSup, "selfsup-baseline": RebuildBaseline, "embedmap": EmbedMap, "embedmap-direct": DirectMap,
@@ -51,7 +51,7 @@ def plan(
     return config, {"name": train_split.source, "given": Path(data).name, "fingerprint": train_split.fingerprint,
                     "items": len(train_split), "vocabulary": train_split.vocabulary.to_json()}
 
-# %% ../../nbs/systems/09_experiments.ipynb #a5ef718c
+# %% ../../nbs/systems/09_experiments.ipynb #9aaf2567
 def held_out(
     kind: type[System],
     config: Config,
@@ -70,9 +70,11 @@ def foundations(
 ) -> list[Run]:
     "The runs that a run stands on, in the folder where it lies itself; trained, or trained on, where need be."
     system, preset, described, found = *(run.record[key] for key in ("system", "preset", "data")), []
-    kind = find_system(system)
+    kind, beside = find_system(system), finished_runs(run.folder.parent)
     for config in kind.stands_on(config_from_json(kind.Config, run.record["config"])):
-        place = run.folder.parent / run_name(system, config, preset, described)
+        name = run_name(system, config, preset, described)
+        if name in beside: found.append(beside[name]); continue
+        place = run.folder.parent / name
         begun = (place / "run.json").exists()
         if not begun and not quiet: print(f"first {place.name}, on which {run.name} stands", flush=True)
         try: found.append(resume(place, data, quiet) if begun else fit_run(create_run(place, system, config, preset, described), data, quiet))
