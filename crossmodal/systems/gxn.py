@@ -43,7 +43,7 @@ from .base import Score, System, fidelity_scores, marks_score
 from ..training.config import Changed, Config, Count, Patience, Rate, Share, Weight
 from ..training.loop import Phase
 
-# %% ../../nbs/systems/03_gxn.ipynb #4a6827c8
+# %% ../../nbs/systems/03_gxn.ipynb #972c1153
 Model = Literal["gru", "gru-bi", "frozen", "fine-tune", "longer", "i2t-xe", "i2t-mix", "t2i", "i2t+t2i"]
 STANDS_ON = {"fine-tune": ("frozen",), "longer": ("fine-tune",), "i2t-xe": ("fine-tune",), "i2t-mix": ("i2t-xe",), "t2i": ("fine-tune",),
              "i2t+t2i": ("i2t-mix", "t2i")}
@@ -84,6 +84,7 @@ class GxnConfig(Config):
     caption_epochs: Count = 30
     reward_epochs: Count = 15
     draw_epochs: Patience = 60              # of the generator alone, before it plays along: "the CNN decoder is not initialised at random"; 0: none
+    draw_batch: Count = 64                  # in those epochs: Reed et al.'s
     picture_epochs: Count = 15
     joint_epochs: Count = 15
     sampled: Share = .25                    # most of the words that scheduled sampling replaces: 5 % more each fifth of the epochs
@@ -105,7 +106,7 @@ class GxnConfig(Config):
     judge: Literal["inception_v3", "efficientnet_lite0"] = "inception_v3"    # whose features make FID; its name stands in the score
     judged: Count = 5000                    # pictures that are described and drawn for measuring, at most
 
-# %% ../../nbs/systems/03_gxn.ipynb #e549adb9
+# %% ../../nbs/systems/03_gxn.ipynb #1740bd93
 LITE = "its weights need no download"
 GXN_PRESETS = {
     "smoke": {"side": Changed(16, "a test must end in seconds"), "per_species": Changed(3, "likewise"), "backbone": Changed("efficientnet_lite0", LITE),
@@ -118,7 +119,7 @@ GXN_PRESETS = {
               "longest": Changed(8, "likewise"), "beams": Changed(2, "likewise"), "condition": Changed(8, "likewise"), "noise": Changed(4, "likewise"),
               "generator_width": Changed(4, "likewise"), "discriminator_width": Changed(4, "likewise"),
               "judge": Changed("efficientnet_lite0", LITE), "judged": Changed(12, "a test must end in seconds")},
-    "quick": {"per_species": Changed(40, "two cores, minutes"), "backbone": Changed("efficientnet_lite0", LITE),
+    "quick": {"per_species": Changed(30, "two cores, minutes"), "backbone": Changed("efficientnet_lite0", LITE),
               "first_backbone": Changed("efficientnet_lite0", LITE), "backbone_side": Changed(96, "faster, and drawn birds are simple"),
               "tuned": Changed("last", "two cores, minutes"), "tuned_on": Changed(False, "likewise: the encoder looks at each picture once more, then rests"),
               "word": Changed(100, "two cores, minutes"), "hidden": Changed(192, "likewise"), "joint": Changed(256, "likewise"),
@@ -126,12 +127,13 @@ GXN_PRESETS = {
               "look_epochs": Changed(4, "two cores, minutes"), "hardest_epochs": Changed(8, "likewise"), "tune_epochs": Changed(1, "likewise"),
               "longer_epochs": Changed(4, "likewise"),
               "caption_epochs": Changed(3, "likewise"), "reward_epochs": Changed(1, "likewise"), "draw_epochs": Changed(2, "likewise"),
+              "draw_batch": Changed(24, "more steps in the same time"),
               "picture_epochs": Changed(1, "likewise"), "joint_epochs": Changed(1, "likewise"), "beams": Changed(3, "likewise"),
               "condition": Changed(64, "small codes"), "noise": Changed(8, "little is left to chance when the caption says most"),
               "generator_width": Changed(8, "two cores, minutes"), "discriminator_width": Changed(8, "likewise"),
               "picture_rate": Changed(1e-3, "few steps, so larger ones"),
               "saturating": Changed(False, "few steps: the printed loss hardly moves a generator that is still bad"),
-              "pixel_weight": Changed(100., "the adversarial loss alone needs hundreds of epochs before there is a bird"),
+              "pixel_weight": Changed(500., "the adversarial loss alone needs hundreds of epochs before there is a bird"),
               "kl_weight": Changed(.02, "at 2 the condition forgets its sentence within so few steps"),
               "judge": Changed("efficientnet_lite0", LITE), "judged": Changed(400, "two cores, minutes")},
     "reduced": {"backbone": Changed("efficientnet_lite0", LITE), "first_backbone": Changed("efficientnet_lite0", LITE),
@@ -141,6 +143,7 @@ GXN_PRESETS = {
                 "tune_rate": Changed(1e-4, "few epochs"), "look_epochs": Changed(8, "two cores; recall on unseen pictures is highest by then"),
                 "tune_epochs": Changed(6, "two cores"), "longer_epochs": Changed(12, "as long as the two captioning phases together"),
                 "caption_epochs": Changed(8, "two cores"), "reward_epochs": Changed(4, "likewise"), "draw_epochs": Changed(8, "likewise"),
+                "draw_batch": Changed(32, "more steps in the same time"),
                 "picture_epochs": Changed(4, "likewise"), "joint_epochs": Changed(3, "likewise"),
                 "generator_width": Changed(8, "likewise"), "discriminator_width": Changed(8, "likewise"),
                 "picture_rate": Changed(5e-4, "few steps"), "saturating": Changed(False, "few steps"),
@@ -270,7 +273,7 @@ def painter_loss(
              "error": F.mse_loss(drawn, real)}
     return {"loss": terms["adversarial"] + config.kl_weight * terms["divergence"] + config.pixel_weight * terms["error"]} | terms
 
-# %% ../../nbs/systems/03_gxn.ipynb #1167fbaf
+# %% ../../nbs/systems/03_gxn.ipynb #c1bab943
 class GxnPhase(Phase):
     "Algorithm 1, or the part of it that a model needs."
 
@@ -278,7 +281,7 @@ class GxnPhase(Phase):
                  writes: bool = False, draws: bool = False, rewarded: bool = False, matches: bool = True, tunes: bool = False):
         self.system, self.config, self.name, self.epochs, self.train, self.val = system, system.config, name, epochs, train, val
         self.writes, self.draws, self.rewarded, self.matches, self.tunes = writes, draws, rewarded, matches, tunes
-        self.batch_size = self.config.batch
+        self.batch_size = self.config.batch if matches else self.config.draw_batch
 
     def begin(self):
         system = self.system
