@@ -378,7 +378,7 @@ def join_branches(
     if unit: high, low = _unit(high), _unit(low)
     return torch.cat([math.sqrt(weight) * high, math.sqrt(1 - weight) * low], dim=1)
 
-# %% ../../nbs/metrics/01_retrieval.ipynb #ab646b36
+# %% ../../nbs/metrics/01_retrieval.ipynb #6484ae85
 def _first(scores: Float[Tensor, "q m"], k: int) -> Int[Tensor, "q k"]:
     "Columns of the `k` highest scores of each row: best first, equal ones from left to right."
     bar = scores.topk(k).values[:, -1:]
@@ -397,7 +397,7 @@ def order_search(
     k: int = 10,
     find: str = "images",                   # what the index holds: "images" or "captions"
     reverse: bool = False,                  # as in `order_similarity`
-    block: int | None = None,               # items in memory at once; by default what fills 64 MB together with their scores
+    block: int | None = None,               # items in memory at once; by default what fills 64 MB in float32, scores included
 ) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:       # scores and positions in the index, best first
     "The `k` items of a large index that order similarity puts first. Exact; ties go to the lower position. Blocks move to the queries' device."
     if find not in FINDS: raise ValueError(f"find must be what the index holds, {' or '.join(FINDS)}; found {find!r}.")

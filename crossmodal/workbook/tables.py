@@ -197,11 +197,11 @@ def gxn_imagined() -> list[Cell]:
                       for metric, score in measures.items()]
     return cells
 
-# %% ../../nbs/workbook/00_tables.ipynb #a583d4dd
+# %% ../../nbs/workbook/00_tables.ipynb #c11c58c0
 TABLES = {("gxn", "1"): gxn_table1, ("gxn", "2"): gxn_table2, ("gxn", "3"): gxn_table3, ("gxn", "imagined"): gxn_imagined,
           ("selfsup", "1"): selfsup_table1, ("selfsup", "2"): selfsup_table2, ("selfsup", "texts"): selfsup_texts,
           ("embedmap", "1"): embedmap_table1, ("embedmap", "speakers"): embedmap_speakers}
-IN_WORKBOOK = [("selfsup", "1"), ("embedmap", "1"), ("gxn", "1")]           # those that need no download and have a page
+IN_WORKBOOK = [("selfsup", "1"), ("embedmap", "1")]           # those that need no download and have a page
 
 # %% ../../nbs/workbook/00_tables.ipynb #c283a6ae
 def table_name(system: str, number: str) -> str:
