@@ -152,7 +152,7 @@ GXN_PRESETS = {
     "paper": {},
 }
 
-# %% ../../nbs/systems/03_gxn.ipynb #eefe9393
+# %% ../../nbs/systems/03_gxn.ipynb #bbf8ed99
 class WholeBackbone(nn.Module):
     "A backbone all of which learns; normalisation keeps ImageNet's statistics."
     def __init__(self, name: str, side: int):
@@ -162,7 +162,9 @@ class WholeBackbone(nn.Module):
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]: return self.backbone(images)[0]
 
 
-def backbone_of(config: GxnConfig) -> str: return config.first_backbone if config.model in ONE_BRANCH else config.backbone
+def backbone_of(config: GxnConfig) -> str:
+    "The backbone of a model; the paper's first two rows have another one."
+    return config.first_backbone if config.model in ONE_BRANCH else config.backbone
 
 
 def seen_by_end(
@@ -493,7 +495,7 @@ class Gxn(System):
     def evaluate(self, test):
         return retrieval_scores(self, test) | retrieved_scores(self, test) | imagined_scores(self, test)
 
-# %% ../../nbs/systems/03_gxn.ipynb #4f310a56
+# %% ../../nbs/systems/03_gxn.ipynb #43406ebe
 @torch.no_grad()
 def vector_table(
     system: Gxn,
@@ -525,7 +527,9 @@ def rank_codes(config: GxnConfig, images: Tensor, texts: Tensor, owners: Tensor)
     return order_ranks(images, texts, owners, config.reverse)
 
 
-def split_ranks(system: Gxn, split: CollectionSplit) -> Ranks: return rank_codes(system.config, *split_codes(system, split))
+def split_ranks(system: Gxn, split: CollectionSplit) -> Ranks:
+    "Ranks of the truth among all pictures and all captions of a split."
+    return rank_codes(system.config, *split_codes(system, split))
 
 
 def pictures_of(split: CollectionSplit, rows: Sequence[int]) -> Float[Tensor, "b 3 h w"]:
@@ -601,7 +605,7 @@ def retrieved_scores(
             scores |= caption_figures(head, judged, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr"))
     return scores
 
-# %% ../../nbs/systems/03_gxn.ipynb #8349155a
+# %% ../../nbs/systems/03_gxn.ipynb #0247aeff
 @torch.no_grad()
 def imagined_scores(
     system: Gxn,
@@ -621,4 +625,4 @@ def imagined_scores(
         real = torch.cat([pictures_of(test, part) for part in np.array_split(rows, -(-len(rows) // 64))])
         scores |= {f"drawn {name}": score for name, score in fidelity_scores(drawn, real, system.config.judge).items()}
         if birds: scores["drawn attributes"] = marks_score(drawn_marks(drawn, asked))
-    return scores
+    return {name: score for name, score in scores.items() if score.values}         # nothing is read where no caption names an attribute
