@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from crossmodal.data.text import END
-from crossmodal.losses.ranking import alike
+from crossmodal.losses.ranking import described
 from crossmodal.metrics.captions import CiderD
 from crossmodal.metrics.retrieval import retrieval_ranks
 from crossmodal.systems import experiments, gxn
@@ -124,8 +124,8 @@ def test_every_sentence_that_is_rewarded_ends_or_is_cut(chain):
 
 
 def test_wrong_pairs_are_never_right_ones():
-    owners, captions = torch.tensor([0, 0, 1, 2]), torch.tensor([[4, 5], [6, 5], [7, 8], [7, 8]])
-    usable = ~alike(owners, captions)[torch.arange(4), torch.arange(4).roll(1)]
+    said, sentences = torch.tensor([[4, 6], [4, 6], [7, 4], [7, -1]]), torch.tensor([4, 6, 7, 7])
+    usable = ~described(said, sentences)[torch.arange(4), torch.arange(4).roll(1)]
     assert usable.tolist() == [True, False, True, False]
 
 

@@ -9,6 +9,7 @@ __all__ = ['DATASETS', 'READERS', 'CaptionedImages', 'EmptySplit', 'CollectionSp
 # %% ../../nbs/data/16_captioned.ipynb #ac3aaaec
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -120,6 +121,19 @@ class CollectionSplit:
     def texts(self) -> list[tuple[str, ...]]:
         "The captions of every picture, as they were written."
         return [self.collection.pictures[i].captions for i in self.positions]
+
+    @cached_property
+    def sentences(self) -> Int[Tensor, "m"]:
+        "A number for each caption, the same for the same words."
+        numbers: dict[bytes, int] = {}
+        return torch.tensor([numbers.setdefault(row.tobytes(), len(numbers)) for row in self.captions.numpy()])
+
+    @cached_property
+    def said(self) -> Int[Tensor, "n k"]:
+        "Of each picture, the numbers of its sentences; -1 where it has fewer than others."
+        table = torch.full((len(self.counts), self.counts.max()), -1)
+        table[torch.arange(table.shape[1]) < torch.from_numpy(self.counts)[:, None]] = self.sentences
+        return table
 
     @property
     def attributes(self) -> Float[Tensor, "n a"] | None:
