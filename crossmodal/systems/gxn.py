@@ -94,6 +94,7 @@ class GxnConfig(Config):
     sampled: Share = .25                    # most of the words that scheduled sampling replaces: 5 % more each fifth of the epochs
     gamma_first: Share = .05                # eq. 7, over the epochs of the phase
     gamma_last: Share = .95
+    shown: Literal["input", "state"] = "input"      # how the writer is shown v_l: as its first input, or as its state before the first word
     longest: Count = 30                     # words of a written caption
     beams: Count = 5                        # the paper does not say how it decodes
     condition: Count = 128                  # of t_c
@@ -425,7 +426,7 @@ class Gxn(System):
         if config.model not in FROZEN:
             self.end = BackboneEnd(config.backbone) if config.tuned == "last" else WholeBackbone(config.backbone, config.backbone_side)
         if config.model in WRITES:
-            self.writer = GruCaptioner(words, numbers[START], numbers[END], config.joint, config.word, config.hidden, config.dropout)
+            self.writer = GruCaptioner(words, numbers[START], numbers[END], config.joint, config.word, config.hidden, config.dropout, config.shown)
         if config.model in DRAWS:
             self.painter = Painter(config)
             self.judge = initialize(PairDiscriminator(config.joint, config.side, config.discriminator_width, config.condition))

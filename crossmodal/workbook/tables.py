@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['EMBEDMAP_TABLE1', 'SELFSUP_TABLE1', 'SELFSUP_TABLE2', 'SELFSUP_TEXTS', 'ORDERED', 'VSEPP', 'GXN_MODELS', 'GXN_TABLE2',
-           'GXN_PLACES', 'WAYS_OF_RETRIEVAL', 'TABLES', 'IN_WORKBOOK', 'COLUMNS', 'PICTURE', 'TEXT', 'SPEECH', 'Cell',
-           'embedmap_table1', 'embedmap_speakers', 'selfsup_table1', 'selfsup_table2', 'selfsup_texts', 'gxn_table1',
-           'gxn_table2', 'gxn_table3', 'gxn_imagined', 'table_name', 'find_table', 'questions', 'answer', 'fits',
-           'data_name', 'table_row', 'possible', 'build_table', 'write_table', 'UnbackedFigure', 'check_table',
-           'readable', 'plot_table', 'paired_differences']
+           'GXN_PLACES', 'WAYS_OF_RETRIEVAL', 'MEAN_RECALL', 'TABLES', 'IN_WORKBOOK', 'COLUMNS', 'PICTURE', 'TEXT',
+           'SPEECH', 'Cell', 'embedmap_table1', 'embedmap_speakers', 'selfsup_table1', 'selfsup_table2',
+           'selfsup_texts', 'gxn_table1', 'gxn_table2', 'gxn_table3', 'gxn_imagined', 'table_name', 'find_table',
+           'questions', 'answer', 'measured', 'fits', 'data_name', 'table_row', 'possible', 'build_table',
+           'write_table', 'UnbackedFigure', 'stored_records', 'check_table', 'readable', 'plot_table',
+           'paired_differences']
 
 # %% ../../nbs/workbook/00_tables.ipynb #ad61083c
 import json
@@ -34,7 +35,7 @@ class Cell:
     row: str
     column: str
     metric: str                             # as the table's heading says it, with its unit
-    score: str                              # the score's name in a run's record
+    score: str | tuple[str, ...]            # the score's name in a run's record; of several, the mean item by item
     paper: float | Mapping[str, float] | None        # by dataset where the paper has several; None: the paper does not report it
     system: str                             # a name in `SYSTEMS`
     changes: Mapping[str, Any] = field(default_factory=dict)    # what distinguishes this row and column
@@ -140,6 +141,7 @@ GXN_TABLE2 = {                              # BLEU-1 to 4 and CIDEr of the capti
 }
 GXN_PLACES = {2: (55.8, 35.8, 22.4, 13.7, 58.3), 3: (54.2, 33.6, 20.5, 12.7, 54.), 4: (53.1, 32.9, 19.9, 11.9, 51.2), 5: (53.2, 32.8, 19.6, 11.3, 51.1)}
 WAYS_OF_RETRIEVAL = {"image-to-text": "picture -> caption", "text-to-image": "caption -> picture"}
+MEAN_RECALL = tuple(f"{way} R@{k}" for way in WAYS_OF_RETRIEVAL for k in (1, 5, 10))      # of each picture, so that it has an interval
 
 
 def gxn_table1() -> list[Cell]:
@@ -147,7 +149,7 @@ def gxn_table1() -> list[Cell]:
     cells = []
     for row, (changes, figures) in GXN_MODELS.items():
         papers = dict(zip([(way, name) for way in WAYS_OF_RETRIEVAL for name in ("R@1", "R@10", "median rank")], figures))
-        cells.append(Cell(row, "both", "mean recall (%)", "mean recall", None, "gxn", changes))
+        cells.append(Cell(row, "both", "mean recall (%)", MEAN_RECALL, None, "gxn", changes))
         for way, column in WAYS_OF_RETRIEVAL.items():
             for name in ("R@1", "R@5", "R@10", "median rank"):
                 metric, unit = f"{way} {name}", "" if name[0] == "m" else " (%)"
@@ -249,9 +251,19 @@ def answer(
 COLUMNS = ["row", "column", "metric", "paper", "ours", "low", "high", "n", "chance", "seeds", "preset", "data", "runs"]
 
 
+def measured(record: Mapping[str, Any], score: str | tuple[str, ...]) -> dict[str, Any] | None:
+    "A score of a run, or the mean of several, item by item. None if the run lacks one."
+    found = [record["scores"].get(name) for name in ([score] if isinstance(score, str) else score)]
+    if None in found: return None
+    if len(found) == 1: return found[0]
+    chances = [score["chance"] for score in found]
+    return {"values": np.mean([score["values"] for score in found], 0).tolist(), "chance": None if None in chances else float(np.mean(chances))}
+
+
 def fits(record: Mapping[str, Any], cell: Cell) -> bool:
     "Does this run answer this cell?"
-    return record["system"] == cell.system and cell.score in record["scores"] and all(record["config"][key] == value for key, value in cell.changes.items())
+    asked = record["system"] == cell.system and all(record["config"][key] == value for key, value in cell.changes.items())
+    return asked and measured(record, cell.score) is not None
 
 
 def data_name(record: Mapping[str, Any]) -> str:
@@ -267,7 +279,7 @@ def table_row(cell: Cell, records: Sequence[Mapping[str, Any]]) -> dict[str, Any
     paper = cell.paper if not by_data else cell.paper.get(records[0]["data"]["name"]) if records else None
     head = {"row": cell.row, "column": cell.column, "metric": cell.metric, "paper": paper}
     if not records: return head | {"n": 0, "runs": ""}
-    scores = [record["scores"][cell.score] for record in records]
+    scores = [measured(record, cell.score) for record in records]
     kinds = {(record["preset"], data_name(record)) for record in records}
     if len(kinds) > 1: raise RunError(f"{cell.row}, {cell.column}: runs of different presets or data cannot share a cell: {sorted(kinds)}.")
     estimate, chances = bootstrap_mean([score["values"] for score in scores]), [score["chance"] for score in scores]
@@ -325,6 +337,16 @@ def write_table(
 
 # %% ../../nbs/workbook/00_tables.ipynb #086d7857
 class UnbackedFigure(ValueError): "A figure in a stored table that no record backs."
+
+
+def stored_records(
+    path: str | Path,                       # a stored table; its records lie in `runs/` beside it
+) -> list[dict[str, Any]]:
+    "The records of all runs that a stored table names."
+    import pandas as pd
+    path = Path(path)
+    names = {name for cell in pd.read_csv(path)["runs"].dropna() for name in cell.split()}
+    return [json.loads((path.parent / "runs" / f"{name}.json").read_text(encoding="utf-8")) for name in sorted(names)]
 
 
 def check_table(
@@ -414,7 +436,7 @@ def paired_differences(
 ) -> "pd.DataFrame":                        # rows by columns: "difference [low, high]"
     "Every row minus the baseline row, paired by seed and held-out number, with the two-level bootstrap interval."
     import pandas as pd
-    by_place = {(cell.row, cell.column): {record["seed"]: record["scores"][cell.score]["values"] for record in records if fits(record, cell)}
+    by_place = {(cell.row, cell.column): {record["seed"]: measured(record, cell.score)["values"] for record in records if fits(record, cell)}
                 for cell in cells if cell.metric == metric}
     table: dict[str, dict[str, str]] = {}
     for (row, column), ours in by_place.items():
