@@ -15,7 +15,7 @@ from crossmodal.systems import experiments, gxn
 from crossmodal.systems.experiments import evaluate, load, resume, train
 from crossmodal.systems.gxn import GXN_PRESETS, Gxn, GxnConfig, rank_codes, split_codes
 from crossmodal.training.config import apply_preset
-from crossmodal.training.loop import Interrupted, StopOnSignal
+from crossmodal.training.loop import Interrupted, Loop, StopOnSignal
 from crossmodal.training.runs import open_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -139,3 +139,29 @@ def test_a_model_says_what_it_cannot_do():
     system = Gxn(replace(SMOKE, model="frozen"), Gxn.open_data(SMOKE, "birds", "test").vocabulary)
     with pytest.raises(ValueError, match="does not write: train one of i2t-xe"): system.texts_from_images(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match="does not draw: train one of t2i"): system.images_from_texts(["a bird"])
+
+
+def test_rates_fall_once_also_in_a_run_that_was_resumed():
+    "All slow down in the second half of a phase, and not again when their states come back from a checkpoint."
+    config = replace(SMOKE, model="i2t+t2i", joint_epochs=4, decay=.1, tuned_on=False)
+    train = Gxn.open_data(config, "birds", "train")
+    system = Gxn(config, train.vocabulary)
+
+    def begun():
+        phase = system.phases(train, train)[0]
+        phase.accelerator = Loop(system, []).accelerator
+        phase.begin()
+        return phase
+
+    def rates(phase, epoch):
+        train.epoch = epoch
+        phase.set_rates()
+        return [[round(group["lr"] / rate, 6) for group, rate in zip(optimizer.param_groups, of)] for optimizer, of in zip(phase.optimizers, given)]
+
+    phase = begun()
+    given = [[group["lr"] for group in optimizer.param_groups] for optimizer in phase.optimizers]
+    early, late = [[1.], [1., 1.], [1.], [1., 1.]], [[.1], [.1, .1], [.1], [.1, .1]]     # matcher; its picture half and writer; judge; its words and painter
+    assert [rates(phase, epoch) for epoch in range(4)] == [early, early, late, late]
+    again = begun()
+    for optimizer, old in zip(again.optimizers, phase.optimizers): optimizer.load_state_dict(json.loads(json.dumps(old.state_dict())))
+    assert rates(again, 3) == late

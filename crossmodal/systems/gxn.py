@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['Eye', 'Model', 'STANDS_ON', 'ONE_BRANCH', 'FROZEN', 'WRITES', 'DRAWS', 'LITE', 'GXN_PRESETS', 'BRANCHES', 'GxnConfig',
            'WholeBackbone', 'backbone_of', 'seen_by_end', 'Matcher', 'Painter', 'judge_loss', 'painter_loss',
-           'GxnPhase', 'Gxn', 'vector_table', 'split_codes', 'rank_codes', 'split_ranks', 'pictures_of',
-           'describe_split', 'retrieval_scores', 'folded_scores', 'caption_figures', 'retrieved_scores',
-           'imagined_scores']
+           'GxnPhase', 'Gxn', 'vector_table', 'split_codes', 'rank_codes', 'split_ranks', 'describe_split',
+           'retrieval_scores', 'folded_scores', 'retrieved_scores', 'imagined_scores']
 
 # %% ../../nbs/systems/03_gxn.ipynb #02d0b74b
 from collections.abc import Sequence
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.batch import Batch, at_least_two, spread
-from ..data.bird_collection import label_positions
 from ..data.cache import cached_pictures
 from ..data.captioned import CollectionSplit, open_dataset
 from ..data.images import Transform, present
@@ -30,8 +28,7 @@ from ..losses.adversarial import fake_loss, real_loss
 from ..losses.ranking import cosine_scores, described, join, order_scores, ranking_loss, unit_magnitudes
 from ..losses.sequence import caption_loss, gamma, log_probabilities, self_critical_loss
 from ..losses.variational import kl_to_standard_normal
-from ..metrics.attributes import described_marks, drawn_marks
-from ..metrics.captions import CaptionScores, CiderD, caption_scores
+from ..metrics.captions import CiderD, caption_scores
 from ..metrics.retrieval import Ranks, cosine_ranks, cosine_similarity, in_folds, order_ranks, order_similarity, retrieval_report
 from ..models.backbones import BACKBONES, Backbone, BackboneEnd, backbone_features, frozen_backbone
 from ..models.blocks import initialize
@@ -39,7 +36,7 @@ from ..models.captioners import GruCaptioner, choosable
 from ..models.discriminators import PairDiscriminator
 from ..models.stackgan import ConditioningAugmentation, StackGenerator
 from ..models.text_encoders import GruEncoder
-from .base import Score, System, fidelity_scores, marks_score
+from .base import Score, System, caption_figures, drawn_scores, pictures_of, recall_scores, written_scores
 from ..training.config import Changed, Config, Count, Patience, Rate, Share, Weight
 from ..training.loop import Phase
 
@@ -125,7 +122,7 @@ GXN_PRESETS = {
               "generator_width": Changed(4, "likewise"), "discriminator_width": Changed(4, "likewise"),
               "judge": Changed("efficientnet_lite0", LITE), "judged": Changed(12, "a test must end in seconds")},
     "quick": {"per_species": Changed(25, "two cores, minutes"),
-              "backbone": Changed("efficientnet_lite0_colours", LITE + "; it reads colours of birds that it never met half again as often as lite0 alone"),
+              "backbone": Changed("efficientnet_lite0_colours", LITE + "; captions ask for colours, which lite0 alone forgets (models/03_backbones)"),
               "first_backbone": Changed("efficientnet_lite0_colours", "likewise"), "backbone_side": Changed(96, "faster, and drawn birds are simple"),
               "tuned": Changed("last", "two cores, minutes"), "tuned_on": Changed(False, "likewise: the encoder looks at each picture once more, then rests"),
               "word": Changed(100, "two cores, minutes"), "hidden": Changed(192, "likewise"), "joint": Changed(256, "likewise"),
@@ -556,11 +553,6 @@ def split_ranks(system: Gxn, split: CollectionSplit) -> Ranks:
     return rank_codes(system.config, *split_codes(system, split))
 
 
-def pictures_of(split: CollectionSplit, rows: Sequence[int]) -> Float[Tensor, "b 3 h w"]:
-    "Pictures of a split by their position in it."
-    return split.images(split.first[np.asarray(rows)])
-
-
 def describe_split(system: Gxn, split: CollectionSplit, rows: Sequence[int]) -> list[str]:
     "What is written about pictures of a split."
     end, device = getattr(system, "end", nn.Identity()), system.matcher.words.weight.device
@@ -576,16 +568,7 @@ def retrieval_scores(
     "Tables 1, 3 and 4 of paper 003."
     images, texts, owners = split_codes(system, test)
     ranks = rank_codes(system.config, images, texts, owners)
-    found = report = retrieval_report(ranks)
-    scores = {}
-    for name, hits, chance in (("image-to-text", ranks.image_to_text[:, None], found.chance.image_to_text),
-                               ("text-to-image", ranks.text_to_image, found.chance.text_to_image)):
-        for k in (1, 5, 10):
-            values = (hits < k).double()
-            per_picture = values[:, 0] if name == "image-to-text" else torch.zeros(len(images)).double().index_add_(0, owners, values) / torch.bincount(owners)
-            scores[f"{name} R@{k}"] = Score((100 * per_picture).tolist(), "%", getattr(chance, f"r{k}"))
-        scores[f"{name} median rank"] = Score([getattr(report, name.replace("-", "_")).median], "", chance.median, n=len(hits))
-    scores["mean recall"] = Score([report.rsum / 6], "%", report.chance.rsum / 6, n=len(images))
+    report, scores = retrieval_report(ranks), recall_scores(ranks)
     scores["sum"] = Score([report.gxn_sum], "", report.chance.gxn_sum, n=len(images))
     if len(images) > 1000 and len(images) % 1000 == 0: scores |= folded_scores(system.config, images, texts, owners)
     return scores
@@ -603,13 +586,6 @@ def folded_scores(config: GxnConfig, images: Tensor, texts: Tensor, owners: Tens
     return scores | {"sum of 1,000": Score([report.gxn_sum for report in reports], "", reports[0].chance.gxn_sum, n=1000)}
 
 # %% ../../nbs/systems/03_gxn.ipynb #0a9c5e3b
-def caption_figures(head: str, judged: CaptionScores, names: Sequence[str]) -> dict[str, Score]:
-    "Scores of captions in per cent: BLEU is one figure for all, the others are means over pictures. A single picture has no chance level."
-    chance = {name: 100 * value for name, value in judged.chance.items()}
-    return {f"{head} {name}": Score([100 * judged[name]], "%", chance.get(name), n=judged.n) if name.startswith("BLEU") else
-            Score((100 * judged.each[name]).tolist(), "%", chance.get(name)) for name in names}
-
-
 def retrieved_scores(
     system: Gxn,
     test: CollectionSplit,
@@ -637,16 +613,6 @@ def imagined_scores(
 ) -> dict[str, Score]:
     "Written captions and drawn pictures, where the model makes them."
     scores, rows = {}, spread(np.arange(len(test.positions)), system.config.judged)
-    birds = test.source == "birds"
-    if system.config.model in WRITES:
-        said = describe_split(system, test, rows)
-        judged = caption_scores(said, [test.texts[row] for row in rows], ("BLEU", "ROUGE-L", "CIDEr"))
-        scores |= caption_figures("written", judged, ("BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr"))
-        if birds: scores["written attributes"] = marks_score(described_marks(said, label_positions(test.attributes[test.first[rows]].numpy())))
-    if system.config.model in DRAWS:
-        asked = [test.texts[row][0] for row in rows]
-        drawn = system.images_from_texts(asked).float().cpu()
-        real = torch.cat([pictures_of(test, part) for part in np.array_split(rows, -(-len(rows) // 64))])
-        scores |= {f"drawn {name}": score for name, score in fidelity_scores(drawn, real, system.config.judge).items()}
-        if birds: scores["drawn attributes"] = marks_score(drawn_marks(drawn, asked))
-    return {name: score for name, score in scores.items() if score.values}         # nothing is read where no caption names an attribute
+    if system.config.model in WRITES: scores |= written_scores(describe_split(system, test, rows), test, rows)
+    if system.config.model in DRAWS: scores |= drawn_scores(system.images_from_texts([test.texts[row][0] for row in rows]), test, rows, system.config.judge)
+    return scores
