@@ -45,7 +45,7 @@ BACKBONES = {
     "resnet50": BackboneSpec("ResNet50_Weights.IMAGENET1K_V1", ("flatten", "layer4"), 2048, (2048, 7), front=(1024, 14)),
     "resnet152": BackboneSpec("ResNet152_Weights.IMAGENET1K_V1", ("flatten", "layer4"), 2048, (2048, 7), front=(1024, 14)),
     "vgg19": BackboneSpec("VGG19_Weights.IMAGENET1K_V1", ("classifier.4", "features.36"), 4096, (512, 7), front=(512, 7)),   # fc7 and pool5
-    "inception_v3": BackboneSpec("Inception_V3_Weights.IMAGENET1K_V1", ("flatten", "Mixed_6e.cat"), 2048, (768, 17), 299, SYMMETRIC),
+    "inception_v3": BackboneSpec("Inception_V3_Weights.IMAGENET1K_V1", ("flatten", "Mixed_6e.cat"), 2048, (768, 17), 299, SYMMETRIC, front=(768, 17)),
     "efficientnet_lite0": BackboneSpec("", ("", ""), 1280, (1280, 7), 224, SYMMETRIC, front=(112, 14)),
     "efficientnet_lite0_middle": BackboneSpec("", ("", ""), 6 * 6 * 80, (80, 14), 224, SYMMETRIC, grid=6),   # after half its blocks
     "efficientnet_lite0_colours": BackboneSpec("", ("", ""), 1280 + 3 * 3 * 64, (112 + 64, 14), 224, SYMMETRIC, front=(112 + 64, 14)),     # told below
@@ -97,7 +97,7 @@ class Backbone(nn.Module):
         elif name == "efficientnet_lite0_middle": self.network = _first_blocks(_lite0(trained), 8)
         elif name == "efficientnet_lite0_colours": self.network = _Joined(*_halves(name, trained))
         else: self.network = _lite0(trained) if name == "efficientnet_lite0" else _graph(_torchvision_network(name, self.spec, trained), self.spec)
-        self.eval().requires_grad_(False)
+        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)         # a quarter faster
 
     def train(self, mode: bool = True): return super().train(False)     # batch statistics of a frozen network must not drift
 
@@ -111,7 +111,7 @@ class Backbone(nn.Module):
         side = self.spec.side
         if images.shape[2:] != (side, side): images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
         x = ((images + 1) / 2 - self.mean) / self.std
-        found = self.network(x)
+        found = self.network(x.contiguous(memory_format=torch.channels_last))
         return (found["vector"], found["regions"]) if isinstance(found, dict) else (F.adaptive_avg_pool2d(found, self.spec.grid).flatten(1), found)
 
     def fingerprint(self) -> str:
@@ -142,6 +142,9 @@ def _halves(name: str, trained: bool) -> tuple[nn.Module, nn.Sequential]:
         front, end = _halves("efficientnet_lite0", trained)
         return _BesideColours(front), _WithColours(end)
     network = _torchvision_network(name, BACKBONES[name], trained)
+    if name == "inception_v3":
+        layers = [layer for key, layer in network.named_children() if key not in ("AuxLogits", "avgpool", "dropout", "fc")]
+        return nn.Sequential(*layers[:-3]), nn.Sequential(*layers[-3:], *pool)
     if name == "vgg19": return network.features, nn.Sequential(network.avgpool, nn.Flatten(1), *network.classifier[:5])
     first = (network.conv1, network.bn1, network.relu, network.maxpool, network.layer1, network.layer2, network.layer3)
     return nn.Sequential(*first), nn.Sequential(network.layer4, *pool)
