@@ -210,7 +210,7 @@ def test_a_batch_of_none():
     (lambda m, codes: m.sample(codes, 5, 0), "temperature=0"),
     (lambda m, codes: m.sample(codes, 5, math.nan), "temperature=nan"),
     (lambda m, codes: m.greedy(codes[:, :3], 5), r"expected \(b, 12\)"),
-    (lambda m, codes: m(codes, torch.tensor([[1, 3, 2]])), "for 7 codes"),
+    (lambda m, codes: m(codes, torch.tensor([[1, 3, 2]])), "for 7 pictures"),
     (lambda m, codes: m(codes[:1], torch.tensor([[3, 2]])), "the first of them <start>"),
     (lambda m, codes: m(codes[:1], torch.tensor([[1]])), "at least 2 words"),
     (lambda m, codes: m(codes[:1], torch.tensor([[1, 3, 2]]), forcing=1.5), "is a probability"),
