@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics.pairwise import rbf_kernel
 from torch import nn
 
-from crossmodal.losses.adversarial import colour_consistency, discriminator_loss, fake_loss, generator_loss, real_loss
+from crossmodal.losses.adversarial import colour_consistency, discriminator_loss, fake_loss, generator_loss, pair_judge_loss, real_loss
 from crossmodal.losses.mmd import mmd2, one_sided, root_mmd
 
 BANDWIDTHS = (1, 2, 4, 8, 16)
@@ -49,6 +49,20 @@ def test_sums_are_those_of_the_released_code():
     six = four + bce(wrong.unconditional, 1.) + bce(wrong.conditional, 0.)
     torch.testing.assert_close(discriminator_loss(real, fake, wrong), six, rtol=1e-10, atol=0)
     torch.testing.assert_close(generator_loss(fake), bce(fake.unconditional, 1.) + bce(fake.conditional, 1.), rtol=1e-10, atol=0)
+
+
+def test_pairs_are_weighed_as_released():
+    "AttnGAN: halves of what is real, thirds of what is not; n - 1 pictures with the sentences after theirs."
+    real, fake, wrong = verdict(0), verdict(1), verdict(2, 16)
+    reals = (bce(real.unconditional, 1.) + bce(real.conditional, 1.)) / 2
+    fakes = bce(fake.unconditional, 0.) + bce(fake.conditional, 0.)
+    torch.testing.assert_close(pair_judge_loss(real, fake, wrong), reals + (fakes + bce(wrong.conditional, 0.)) / 3, rtol=1e-10, atol=0)
+    torch.testing.assert_close(pair_judge_loss(real, fake), reals + fakes / 2, rtol=1e-10, atol=0)
+    for seed in range(4):
+        usable = torch.rand(16, generator=torch.Generator().manual_seed(seed)) < .4
+        expected = reals + (fakes + bce(wrong.conditional[usable], 0.)) / 3
+        torch.testing.assert_close(pair_judge_loss(real, fake, wrong, usable), expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(pair_judge_loss(real, fake, wrong, usable & False), reals + fakes / 2, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("size", [50., 1e4, 1e30])
