@@ -20,6 +20,7 @@ from ..data.text import Vocabulary
 from .base import Score, System
 from .embedmap import DirectMap, EmbedMap
 from .gxn import Gxn
+from .laviter import Laviter
 from .selfsup import RebuildBaseline, SelfSup
 from ..training.checkpoint import latest_checkpoint
 from ..training.config import Config, apply_preset, config_from_json, override
@@ -28,7 +29,7 @@ from ..training.runs import Run, RunError, _now, create_run, finished_runs, open
 
 # %% ../../nbs/systems/09_experiments.ipynb #5488c322
 SYSTEMS: dict[str, type[System]] = {"selfsup": SelfSup, "selfsup-baseline": RebuildBaseline, "embedmap": EmbedMap, "embedmap-direct": DirectMap,
-                                    "gxn": Gxn}
+                                    "gxn": Gxn, "laviter": Laviter}
 
 
 def find_system(name: str) -> type[System]:

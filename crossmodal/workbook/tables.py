@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['EMBEDMAP_TABLE1', 'SELFSUP_TABLE1', 'SELFSUP_TABLE2', 'SELFSUP_TEXTS', 'ORDERED', 'VSEPP', 'GXN_MODELS', 'GXN_TABLE2',
-           'GXN_PLACES', 'WAYS_OF_RETRIEVAL', 'MEAN_RECALL', 'TABLES', 'IN_WORKBOOK', 'COLUMNS', 'PICTURE', 'TEXT',
-           'SPEECH', 'Cell', 'embedmap_table1', 'embedmap_speakers', 'selfsup_table1', 'selfsup_table2',
-           'selfsup_texts', 'gxn_table1', 'gxn_table2', 'gxn_table3', 'gxn_imagined', 'table_name', 'find_table',
-           'questions', 'answer', 'measured', 'fits', 'data_name', 'table_row', 'possible', 'build_table',
-           'write_table', 'UnbackedFigure', 'stored_records', 'check_table', 'readable', 'plot_table',
-           'paired_differences']
+           'GXN_PLACES', 'WAYS_OF_RETRIEVAL', 'MEAN_RECALL', 'WEIGHTS', 'LAVITER_TABLE1', 'LAVITER_MODELS',
+           'LAVITER_TABLE5', 'TABLES', 'IN_WORKBOOK', 'COLUMNS', 'PICTURE', 'TEXT', 'SPEECH', 'Cell', 'embedmap_table1',
+           'embedmap_speakers', 'selfsup_table1', 'selfsup_table2', 'selfsup_texts', 'gxn_table1', 'gxn_table2',
+           'gxn_table3', 'gxn_imagined', 'aligned', 'laviter_table1', 'laviter_table2', 'laviter_table4',
+           'laviter_table5', 'table_name', 'find_table', 'questions', 'answer', 'measured', 'fits', 'data_name',
+           'table_row', 'possible', 'build_table', 'write_table', 'UnbackedFigure', 'stored_records', 'check_table',
+           'readable', 'plot_table', 'paired_differences']
 
 # %% ../../nbs/workbook/00_tables.ipynb #ad61083c
 import json
@@ -122,7 +123,8 @@ def selfsup_texts() -> list[Cell]:
 
 # %% ../../nbs/workbook/00_tables.ipynb #052a8a55
 ORDERED = {"similarity": "order", "hardest": False}
-VSEPP = {"model": "gru", "similarity": "cosine", "hardest": True, "margin": .2, "rate": 2e-4, "dropout": 0.}       # its released code's
+VSEPP = {"model": "gru", "similarity": "cosine", "hardest": True, "margin": .2, "rate": 2e-4, "dropout": 0.,
+         "hidden": 512, "joint": 1024}         # its released code's numbers, save 1024 hidden ones
 GXN_MODELS = {                              # row of Table 1 -> changes; R@1, R@10, median, image to text and text to image, on COCO's folds of a thousand
     "GRU": (ORDERED | {"model": "gru"}, (51.4, 91.4, 1., 39.1, 86.7, 2.)),
     "GRU-Bi": (ORDERED | {"model": "gru-bi"}, (53.6, 90.2, 1., 40., 87.8, 2.)),
@@ -199,8 +201,69 @@ def gxn_imagined() -> list[Cell]:
                       for metric, score in measures.items()]
     return cells
 
+# %% ../../nbs/workbook/00_tables.ipynb #6a0a212a
+WEIGHTS = ("weight_gen", "weight_cap", "weight_ft", "weight_fi", "weight_rr")
+LAVITER_TABLE1 = {                          # weights -> R-precision and AIMCoS as printed, by dataset
+    (0., 0., 0., 0., 1.): {"coco": (89.76, .5045)}, (1., 1., 1., 1., 50.): {"coco": (90.35, .4931)}, (.01, .1, 1., 1., 50.): {"coco": (90.71, .5063)},
+    (.01, .1, 50., 1., 1.): {"coco": (90.31, .5063)}, (.01, .1, 1., 50., 1.): {"coco": (90.49, .496)}, (.01, .1, 10., 1., 10.): {"coco": (90.05, .498)},
+    (.01, .1, 10., 1., 1.): {"coco": (90.19, .501)}, (.001, .1, 1., .1, 10.): {"coco": (90.16, .501)},
+    (.01, .1, 1., 1., 10.): {"coco": (90.79, .504), "cub": (66.4, .202)}, (1., 1., 1., 1., 1.): {"cub": (63.4, .203)},
+    (.01, .1, 1., 5., 1.): {"cub": (62.2, .198)}, (.01, .1, 5., 1., 1.): {"cub": (64.6, .197)},
+    (.01, .1, 1., 1., 1.): {"cub": (63., .2)}, (.01, .1, 1., 1., 5.): {"cub": (66.8, .201)},
+}
+LAVITER_MODELS = {                          # row of Tables 2 and 3 -> model, the same
+    "AttnGAN/MirrorGAN (LSTM)": ("damsm", {"coco": (89.97, .44), "cub": (62.6, .072)}),
+    "LAViTeR-VTA (F)": ("vta-frozen", {"coco": (89.81, .501), "cub": (59.2, .184)}),
+    "LAViTeR-VTA (T)": ("vta-trainable", {"coco": (90.37, .5059)}),
+    "LAViTeR-Img2Txt": ("img2txt", {"coco": (90.14, .506)}),
+    "LAViTeR-Txt2Img": ("txt2img", {"coco": (90.43, .504)}),
+    "LAViTeR": ("full", {"coco": (90.71, .5063), "cub": (66.8, .201)}),
+}
+LAVITER_TABLE5 = {"BLEU-1": 69.15, "BLEU-2": 51.75, "BLEU-3": 37.68, "BLEU-4": 27.44, "METEOR": 24.2, "CIDEr": 86.72}
+
+
+def aligned(row: str, changes: Mapping[str, Any], papers: Mapping[str, tuple[float, float]]) -> list[Cell]:
+    "R-precision and AIMCoS of one row, with what tells how much they say."
+    printed = lambda k: {data: figures[k] for data, figures in papers.items()}
+    measures = {"top 3": ("R-precision (%)", "R-precision, top 3", printed(0)), "top 1": ("R-precision (%)", "R-precision, top 1", {}),
+                "matched": ("AIMCoS", "AIMCoS", printed(1)), "mismatched": ("AIMCoS", "AIMCoS of mismatched", {}), "margin": ("AIMCoS", "AIMCoS margin", {}),
+                "both": ("mean recall (%)", MEAN_RECALL, {})}
+    return [Cell(row, column, metric, score, paper, "laviter", changes) for column, (metric, score, paper) in measures.items()]
+
+
+def laviter_table1() -> list[Cell]:
+    "Table 1 of paper 001: the full model with other weights in eq. 16."
+    row = lambda weights: ", ".join(f"{weight:g}" for weight in weights)
+    return [cell for weights, papers in LAVITER_TABLE1.items() for cell in aligned(row(weights), {"model": "full"} | dict(zip(WEIGHTS, weights)), papers)]
+
+
+def laviter_table2() -> list[Cell]:
+    "Tables 2 and 3 of paper 001, which are one table of two datasets."
+    return [cell for row, (model, papers) in LAVITER_MODELS.items() for cell in aligned(row, {"model": model}, papers)]
+
+
+def laviter_table4() -> list[Cell]:
+    "Table 4 of paper 001: what is drawn. The paper's Inception Score is of ImageNet's classes, its FID a mean over chunks: other extractors, other figures."
+    cells, judges = [], ("efficientnet_lite0", "inception_v3")
+    for row, model in (("painter alone (phase 2)", "tim"), ("LAViTeR-Txt2Img", "txt2img"), ("LAViTeR", "full")):
+        measures = {f"FID ({judges[0]})": f"drawn fid ({judges[0]})", "R-precision of drawn (%)": "drawn R-precision", "attributes (%)": "drawn attributes"}
+        changes = {"model": model, "judge": judges[0]}
+        cells += [Cell(row, "pictures drawn", metric, score, None, "laviter", changes, "birds" if score == "drawn attributes" else "")
+                  for metric, score in measures.items()]
+    printed = {"FID (inception_v3)": ("drawn fid (inception_v3)", 75.5), "Inception Score (inception_v3)": ("drawn inception score (inception_v3)", 26.71)}
+    return cells + [Cell("LAViTeR", "pictures drawn", metric, score, {"coco": figure}, "laviter", {"model": "full", "judge": judges[1]}, "coco")
+                    for metric, (score, figure) in printed.items()]
+
+
+def laviter_table5() -> list[Cell]:
+    "Table 5 of paper 001: what is written, by the writer alone and by the systems that it assists."
+    models = {"writer alone (phase 2)": "itm", "LAViTeR-Img2Txt": "img2txt", "LAViTeR": "full"}
+    return [Cell(row, "captions written", f"{name} (%)", f"written {name}", {"coco": figure} if model == "full" else None, "laviter", {"model": model})
+            for row, model in models.items() for name, figure in LAVITER_TABLE5.items()]
+
 # %% ../../nbs/workbook/00_tables.ipynb #c11c58c0
 TABLES = {("gxn", "1"): gxn_table1, ("gxn", "2"): gxn_table2, ("gxn", "3"): gxn_table3, ("gxn", "imagined"): gxn_imagined,
+          ("laviter", "1"): laviter_table1, ("laviter", "2"): laviter_table2, ("laviter", "4"): laviter_table4, ("laviter", "5"): laviter_table5,
           ("selfsup", "1"): selfsup_table1, ("selfsup", "2"): selfsup_table2, ("selfsup", "texts"): selfsup_texts,
           ("embedmap", "1"): embedmap_table1, ("embedmap", "speakers"): embedmap_speakers}
 IN_WORKBOOK = [("selfsup", "1"), ("embedmap", "1")]           # those that need no download and have a page

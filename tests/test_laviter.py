@@ -1,0 +1,175 @@
+"Paper 001's system as a user meets it: three phases as runs that stand on others, what learns in each, what is refused."
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from crossmodal.systems.base import pictures_of
+from crossmodal.systems.experiments import load, resume, train
+from crossmodal.systems.laviter import LAVITER_PRESETS, Joint, Laviter, LaviterConfig, Said, matching, split_codes
+from crossmodal.training.config import apply_preset
+from crossmodal.training.loop import Interrupted, Loop, StopOnSignal
+from crossmodal.training.runs import open_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMOKE = apply_preset(LaviterConfig(), LAVITER_PRESETS, "smoke")
+SOME = range(0, 480, 20)                                    # captions of many species, some of them twice
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    return train("laviter", preset="smoke", out=tmp_path_factory.mktemp("chain") / "whole", quiet=True)
+
+
+def built(model: str, **changes) -> tuple[Laviter, object]:
+    config = replace(SMOKE, model=model, **changes)
+    data = Laviter.open_data(config, "birds", "train")
+    torch.manual_seed(0)
+    return Laviter(config, data.vocabulary), data
+
+
+def test_the_full_model_stands_on_both_assistants_and_these_on_the_encoders(chain):
+    beside = [open_run(path) for path in chain.folder.parent.iterdir() if path != chain.folder]
+    assert sorted(run.record["config"]["model"] for run in beside) == ["itm", "tim", "vta"]
+    assert all(run.finished for run in beside)
+
+
+def test_phase_two_leaves_the_encoders_as_they_were(chain):
+    runs = {run.record["config"]["model"]: load(run.folder).state_dict() for run in map(open_run, chain.folder.parent.iterdir())}
+    encoders = [name for name in runs["vta"] if name.startswith(("image.", "text."))]
+    for assistant in ("tim", "itm"): assert all(runs[assistant][name].equal(runs["vta"][name]) for name in encoders)
+    assert not all(runs["full"][name].equal(runs["vta"][name]) for name in encoders)
+
+
+def test_a_chain_that_was_stopped_goes_on_to_the_same_end(chain, tmp_path, monkeypatch):
+    after_step, steps = StopOnSignal.after_step, []
+
+    def stop(self, loop):
+        steps.append(loop.phase.name)
+        self.asked = self.asked or steps.count("together") == 3
+        after_step(self, loop)
+    monkeypatch.setattr(StopOnSignal, "after_step", stop)
+    with pytest.raises(Interrupted): train("laviter", preset="smoke", out=tmp_path / "whole", quiet=True)
+    monkeypatch.setattr(StopOnSignal, "after_step", after_step)
+    again = resume(tmp_path / "whole", quiet=True)
+    ours, theirs = (load(run.folder).state_dict() for run in (again, chain))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("model, moves", [("vta-frozen", {"image.region", "image.vector", "text"}),
+                                          ("vta-trainable", {"image.region", "image.vector", "image.end", "text"}),
+                                          ("img2txt", {"image.region", "image.vector", "image.end", "text", "writer"}),
+                                          ("txt2img", {"image.region", "image.vector", "image.end", "text", "augmentation", "generator", "judges"})])
+def test_phase_three_moves_what_its_row_says_and_nothing_else(model, moves):
+    system, data = built(model)
+    before = {name: weight.clone() for name, weight in system.named_parameters()}
+    phase = system.phases(data, data)[0]
+    Loop(system, [phase])                                   # gives the phase its device
+    phase.accelerator = Loop(system, []).accelerator
+    phase.begin()
+    system.train()
+    phase.step(data[SOME])
+    moved = {name for name, weight in system.named_parameters() if not weight.equal(before[name])}
+    groups = {".".join(name.split(".")[:2]) if name.startswith("image.") else name.split(".")[0] for name in moved}
+    assert groups == moves
+
+
+def test_the_written_sentence_teaches_the_encoders_but_not_the_writer():
+    "A choice of words has no slope: with every other term at 0, the writer's gradient is 0 and the text encoder's is not."
+    system, data = built("img2txt", weight_rr=0., weight_cap=0., weight_ft=1.)
+    phase = system.phases(data, data)[0]
+    phase.accelerator = Loop(system, []).accelerator
+    phase.begin()
+    phase.step(data[SOME])
+    size = lambda module: sum(float(weight.grad.abs().sum()) for weight in module.parameters() if weight.grad is not None)
+    assert size(system.writer) == 0 and size(system.text) > 0 and size(system.image) > 0
+
+
+def test_the_drawn_picture_teaches_the_painter_through_a_resting_front():
+    system, data = built("txt2img", weight_rr=0., weight_gen=0., weight_fi=1.)
+    phase = system.phases(data, data)[0]
+    phase.accelerator = Loop(system, []).accelerator
+    phase.begin()
+    phase.step(data[SOME])
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in system.generator.heads[-1].parameters())
+
+
+def test_pairs_of_one_class_are_no_negatives():
+    "Captions of one class only: nothing is left to be told apart, so the loss is 0; without the mask it is not."
+    system, data = built("vta")
+    batch = data[SOME[:8]]
+    phase = system.phases(data, data)[0]
+    with torch.no_grad(): seen, said = phase.see(batch), system.eval().hear(*phase.read(batch))
+    one = torch.zeros(8, dtype=torch.long)
+    assert float(matching(SMOKE, seen, said, one)) == pytest.approx(0, abs=1e-6)
+    assert float(matching(replace(SMOKE, same_class=False), seen, said, one)) > .1
+
+
+def test_codes_of_a_split_are_those_of_its_pictures_and_sentences(chain):
+    "The road through kept features, and the one that strangers' pictures take."
+    system = load(chain.folder)
+    test = Laviter.open_data(system.config, "birds", "test", system.vocabulary)
+    images, texts, owners = split_codes(system, test)
+    assert owners.tolist() == np.repeat(np.arange(len(test.positions)), 10).tolist()
+    assert (system.embed_texts([text for captions in test.texts[:2] for text in captions]) - texts[:20]).abs().max() < 1e-5
+    strangers = torch.nn.functional.cosine_similarity(system.embed_images(pictures_of(test, range(6))), images[:6])
+    assert strangers.mean() > .8                            # drawn at another size, so not the same to the last digit
+
+
+def test_words_beyond_the_longest_are_cut_and_unknown_ones_are_heard(chain):
+    system = load(chain.folder)
+    long = " ".join(["bird"] * 40)
+    assert system.embed_texts([long]).allclose(system.embed_texts([" ".join(["bird"] * system.config.longest)]), atol=1e-6)
+    assert system.embed_texts(["quixotic zeppelin"]).isfinite().all()
+    weights, words = system.attend(torch.zeros(1, 3, 32, 32), [long])
+    assert len(words[0]) == system.config.longest == weights.shape[1]
+
+
+def test_a_model_says_what_it_cannot_do():
+    system, _ = built("vta")
+    with pytest.raises(ValueError, match="does not write: train one of itm"): system.texts_from_images(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="does not draw: train one of tim"): system.images_from_texts(["a bird"])
+    with pytest.raises(ValueError, match="is not cut"): Laviter(replace(SMOKE, backbone="efficientnet_lite0_middle"), system.vocabulary)
+
+
+def test_the_whole_network_can_learn_but_for_its_first_layers():
+    "The paper's reading of phase 3, with a small backbone."
+    system, data = built("vta-trainable", tuned="all")
+    phase = system.phases(data, data)[0]
+    phase.accelerator = Loop(system, []).accelerator
+    phase.begin()
+    system.train()
+    before = {name: weight.clone() for name, weight in system.image.own_front.named_parameters()}
+    phase.step(data[SOME[:8]])
+    moved = [name for name, weight in system.image.own_front.named_parameters() if not weight.equal(before[name])]
+    assert moved and not any(name.startswith(("network.0.", "network.1.", "network.3.", "network.4.", "network.5.")) for name in moved)
+    assert not isinstance(phase, Joint) and isinstance(system.hear(*phase.read(data[range(2)])), Said)
+
+
+@pytest.mark.parametrize("changes", [{"said": "forced"}, {"wide_heads": True}, {"mask_pads": False}, {"mismatched": False}, {"root": True},
+                                     {"longer": "subset", "longest": 6}, {"match_weight": 0.}, {"pixel_weight": 1.}, {"word": 8}, {"same_class": False}])
+def test_every_other_reading_takes_a_step(changes):
+    "The flags of the table at the end of the system's notebook: each changes something, and nothing breaks."
+    system, data = built("full", **changes)
+    usual, _ = built("full")
+    losses = []
+    for one in (system, usual):
+        phase = one.phases(data, data)[0]
+        phase.accelerator = Loop(one, []).accelerator
+        phase.begin()
+        torch.manual_seed(1)
+        losses.append(phase.step(data[SOME]))
+    assert all(np.isfinite(float(value)) for value in losses[0].values())
+    if "match_weight" not in changes:                       # of phase 2 alone
+        assert any(abs(float(losses[0][name]) - float(losses[1][name])) > 1e-6 for name in losses[1])
+
+
+def test_published_word_vectors_begin_the_embedding(tmp_path):
+    "A file in GloVe's format, of another width than the space: they are projected."
+    system, data = built("vta", word=4, word_vectors=str(tmp_path / "vectors.txt"))
+    word = data.vocabulary.words[5]
+    (tmp_path / "vectors.txt").write_text(f"{word} 1 2 3 4\n")
+    system.prepare(data)
+    assert system.text.words.weight[6].tolist() == [1, 2, 3, 4] and data.vocabulary.numbers[word] == 6
+    assert system.embed_texts([word]).shape == (1, SMOKE.width)
