@@ -121,7 +121,7 @@ GXN_PRESETS = {
               "longest": Changed(8, "likewise"), "beams": Changed(2, "likewise"), "condition": Changed(8, "likewise"), "noise": Changed(4, "likewise"),
               "generator_width": Changed(4, "likewise"), "discriminator_width": Changed(4, "likewise"),
               "judge": Changed("efficientnet_lite0", LITE), "judged": Changed(12, "a test must end in seconds")},
-    "quick": {"per_species": Changed(25, "two cores, minutes"),
+    "quick": {"per_species": Changed(22, "two cores, minutes"),
               "backbone": Changed("efficientnet_lite0_colours", LITE + "; captions ask for colours, which lite0 alone forgets (models/03_backbones)"),
               "first_backbone": Changed("efficientnet_lite0_colours", "likewise"), "backbone_side": Changed(96, "faster, and drawn birds are simple"),
               "tuned": Changed("last", "two cores, minutes"), "tuned_on": Changed(False, "likewise: the encoder looks at each picture once more, then rests"),
