@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from crossmodal.losses import ranking
-from crossmodal.losses.ranking import cosine_scores, described, join, order_ranking_loss, order_scores, ranking_loss, unit_magnitudes
+from crossmodal.losses.ranking import cosine_scores, described, join, order_ranking_loss, order_scores, ranking_loss, structured_joint_loss, unit_magnitudes
 
 
 def codes(n, d, seed, dtype=torch.float64):
@@ -129,3 +129,29 @@ def test_branches(weight):
     g = torch.randn(5, 8, dtype=torch.float64)
     for a, b in zip(*(torch.autograd.grad((s * g).sum(), (v_h, v_l, t_h, t_l), retain_graph=True) for s in (joined, apart))):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+def loop_structured(v, t, classes):
+    "Value and slopes, one hinge after the other, each adding its own slope (Reed et al. 2016)."
+    n, total, to_v, to_t = len(v), 0., torch.zeros_like(v), torch.zeros_like(t)
+    for i in range(n):
+        for j in range(n):
+            if j == i or classes is not None and classes[i] == classes[j]: continue
+            for over, wrong_v, wrong_t in ((1 - v[i] @ t[i] + v[i] @ t[j], i, j), (1 - v[i] @ t[i] + v[j] @ t[i], j, i)):
+                if over <= 0: continue
+                total += over.item()
+                to_v[wrong_v] += t[wrong_t]; to_t[wrong_t] += v[wrong_v]
+                to_v[i] -= t[i]; to_t[i] -= v[i]
+    return total / n**2, to_v / n**2, to_t / n**2
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 40])
+@pytest.mark.parametrize("size", [.1, 1.])
+def test_structured_against_loops(n, size):
+    g = torch.Generator().manual_seed(n)
+    v, t = ((size * torch.randn(n, 6, generator=g, dtype=torch.float64)).requires_grad_() for _ in range(2))
+    for classes in (None, torch.arange(n), torch.randint(0, max(1, n // 2), (n,), generator=g)):
+        loss = structured_joint_loss(v, t, classes)
+        wanted, to_v, to_t = loop_structured(v.detach(), t.detach(), classes)
+        assert math.isclose(loss.item(), wanted, abs_tol=1e-12)
+        for found, slope in zip(torch.autograd.grad(loss, (v, t)), (to_v, to_t)): torch.testing.assert_close(found, slope, rtol=0, atol=1e-12)
