@@ -21,6 +21,7 @@ from .base import Score, System
 from .embedmap import DirectMap, EmbedMap
 from .gxn import Gxn
 from .laviter import Laviter
+from .sdn import Sdn
 from .selfsup import RebuildBaseline, SelfSup
 from ..training.checkpoint import latest_checkpoint
 from ..training.config import Config, apply_preset, config_from_json, override
@@ -29,7 +30,7 @@ from ..training.runs import Run, RunError, _now, create_run, finished_runs, open
 
 # %% ../../nbs/systems/09_experiments.ipynb #5488c322
 SYSTEMS: dict[str, type[System]] = {"selfsup": SelfSup, "selfsup-baseline": RebuildBaseline, "embedmap": EmbedMap, "embedmap-direct": DirectMap,
-                                    "gxn": Gxn, "laviter": Laviter}
+                                    "gxn": Gxn, "laviter": Laviter, "sdn": Sdn}
 
 
 def find_system(name: str) -> type[System]:
