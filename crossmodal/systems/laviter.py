@@ -139,7 +139,7 @@ LAVITER_PRESETS = {
               "align_epochs": Changed(1, "a test must end in seconds"), "draw_epochs": Changed(1, "likewise"), "write_epochs": Changed(1, "likewise"),
               "joint_epochs": Changed(1, "likewise"), "noise": Changed(4, "likewise"), "condition": Changed(8, "likewise"),
               "generator_width": Changed(4, "likewise"), "discriminator_width": Changed(4, "likewise"), "residuals": Changed(1, "likewise"),
-              "writer_layers": Changed(1, "likewise"), "writer_feed": Changed(16, "likewise"), "lstm_word": Changed(16, "likewise"),
+              "writer_layers": Changed(1, "likewise"), "writer_feed": Changed(16, "likewise"), "lstm_word": Changed(12, "likewise"),
               "judge": Changed("efficientnet_lite0", LITE), "judged": Changed(12, "a test must end in seconds"),
               "meteor": Changed(False, "likewise: Java alone takes ten to start")},
     "quick": {"standardize": Changed(True, "few steps: else it takes many until vectors point in different directions"),
@@ -426,7 +426,7 @@ class Laviter(System):
         super().__init__(config, vocabulary)
         model, width, self.numbers = config.model, config.width, vocabulary.numbers
         self.image = ImageEncoder(config.backbone, config.backbone_side, width, "projections" if model in RESTS else config.tuned)
-        if model == "damsm": self.text = LstmEncoder(len(vocabulary), config.lstm_word, width)
+        if model == "damsm": self.text = LstmEncoder(len(vocabulary), width, config.lstm_word)
         else: self.text = TransformerEncoder(len(vocabulary), width, config.heads, config.layers, config.feed, config.text_dropout,
                                              config.word if config.word != width else None, config.wide_heads, config.mask_pads)
         if model in DRAWS:
