@@ -8,7 +8,7 @@ __all__ = ['Model', 'STAGES', 'PLANS', 'LITE', 'SDN_PRESETS', 'SdnConfig', 'Numb
            'Distil', 'fall', 'samples', 'Compete', 'pair_losses', 'tree_losses', 'Painter', 'Sdn', 'drawing_scores',
            'diversity', 'nearest_training', 'interpolate']
 
-# %% ../../nbs/systems/05_sdn.ipynb #94b0926b
+# %% ../../nbs/systems/05_sdn.ipynb #cfa67f85
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,10 +40,11 @@ from .base import Score, System, drawn_scores, pictures_of, recall_scores
 from ..training.config import Changed, Config, Count, Rate, Share, Weight
 from ..training.loop import Phase
 
-# %% ../../nbs/systems/05_sdn.ipynb #7c0e0762
+# %% ../../nbs/systems/05_sdn.ipynb #7189ca74
 Model = Literal["text", "teacher", "image", "stage1", "stage2", "joint", "diverse", "sdn", "gan-int-cls", "stackgan"]
 STAGES = {"image": ("image",), "stage1": ("stage1",), "stage2": ("stage2",), "joint": ("joint",), "diverse": ("stage1", "stage2"), "sdn": ("stage1", "stage2")}
-PLANS = {"vgg19": VGG19, "vgg8": ((32, 32), (64, 64), (128, 128), (256, 256)), "vgg7": ((16, 16), (32, 32), (64, 64, 64))}
+PLANS = {"vgg19": VGG19, "vgg8": ((32, 32), (64, 64), (128, 128), (256, 256)), "vgg7": ((16, 16), (32, 32), (64, 64, 64)),
+         "vgg4": ((8,), (16,), (16, 16))}                        # for tests
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class SdnConfig(Config):
     model: Model = "sdn"
     side: Count = 224                       # pixels of the drawn picture
     per_species: Count = 100                # of drawn birds only
-    teacher: Literal["vgg19", "vgg8", "vgg7"] = "vgg19"     # vgg19 knows ImageNet; the others learn the classes of the data first
+    teacher: Literal["vgg19", "vgg8", "vgg7", "vgg4"] = "vgg19"     # vgg19 knows ImageNet; the others learn the classes of the data first
     calibrated: bool = False                # weigh each layer by what its numbers are on average, after Chen and Koltun; the paper adds up
     normalize: bool = False                 # batch normalisation in the student
     hidden: Count = 4096                    # numbers between the student's dense layers
@@ -94,17 +95,18 @@ class SdnConfig(Config):
         "Pictures of each sentence."
         return self.pictures if self.model == "diverse" else 1
 
-# %% ../../nbs/systems/05_sdn.ipynb #4a212f5d
+# %% ../../nbs/systems/05_sdn.ipynb #b08b3431
 LITE = "its weights need no download"
 SDN_PRESETS = {
-    "smoke": {"side": Changed(16, "a test must end in seconds"), "per_species": Changed(3, "likewise"), "teacher": Changed("vgg7", "likewise"),
+    "smoke": {"side": Changed(16, "a test must end in seconds"), "per_species": Changed(3, "likewise"), "teacher": Changed("vgg4", "likewise"),
               "hidden": Changed(16, "likewise"), "pictures": Changed(2, "likewise"), "first_epochs": Changed(1, "likewise"),
-              "second_epochs": Changed(1, "likewise"), "batch": Changed(24, "few captions"), "width": Changed(16, "a test must end in seconds"),
+              "second_epochs": Changed(1, "likewise"), "batch": Changed(60, "likewise"), "width": Changed(16, "a test must end in seconds"),
               "letters": Changed(60, "likewise"), "channels": Changed(8, "likewise"), "word": Changed(8, "likewise"),
               "text_backbone": Changed("efficientnet_lite0", LITE), "text_side": Changed(32, "a test must end in seconds"),
               "text_epochs": Changed(1, "likewise"), "teacher_epochs": Changed(1, "likewise"), "condition": Changed(8, "likewise"),
+              "teacher_batch": Changed(60, "likewise"), "text_batch": Changed(60, "likewise"),
               "noise": Changed(4, "likewise"), "generator_width": Changed(4, "likewise"), "discriminator_width": Changed(4, "likewise"),
-              "gan_batch": Changed(24, "few captions"), "judge": Changed("efficientnet_lite0", LITE), "judged": Changed(12, "a test must end in seconds")},
+              "gan_batch": Changed(60, "likewise"), "judge": Changed("efficientnet_lite0", LITE), "judged": Changed(12, "a test must end in seconds")},
     "quick": {"side": Changed(64, "two cores, minutes"), "per_species": Changed(25, "likewise"),
               "teacher": Changed("vgg7", "two cores; ImageNet's VGG19 is a download"), "calibrated": Changed(True, "few steps: each layer should count"),
               "normalize": Changed(True, "few steps"),
@@ -132,7 +134,7 @@ SDN_PRESETS = {
     "paper": {},
 }
 
-# %% ../../nbs/systems/05_sdn.ipynb #eb40416c
+# %% ../../nbs/systems/05_sdn.ipynb #a0d9828c
 class Numbered(NamedTuple):
     "Sentences as numbers, of words or of characters."
     numbers: Int[Tensor, "n t"]             # 0 after the last
@@ -167,7 +169,7 @@ def number(
     if config.text != "char-cnn-rnn": return Numbered(*vocabulary.encode(texts))
     return Numbered(spell(texts, config.letters), torch.tensor([min(len(text), config.letters) for text in texts]))
 
-# %% ../../nbs/systems/05_sdn.ipynb #c20ed055
+# %% ../../nbs/systems/05_sdn.ipynb #8f6aad18
 class Embed(Phase):
     "Learn to read: structured joint embedding of sentences and pictures (Reed et al. 2016)."
     name = "read"
@@ -203,7 +205,7 @@ def seen(system: "Sdn", split: CollectionSplit, rows, views=0) -> Float[Tensor, 
     kept = backbone_features(split.collection, config.text_backbone, config.text_side, device=device)
     return kept.read(split.positions[rows], "vector", views).to(device)
 
-# %% ../../nbs/systems/05_sdn.ipynb #bc4376ac
+# %% ../../nbs/systems/05_sdn.ipynb #ca0d5e8b
 @torch.no_grad()
 def caption_codes(
     system: "Sdn",
@@ -239,7 +241,7 @@ def joint_codes(
     images = torch.cat([system.see(seen(system, split, part.numpy())).cpu() for part in rows.split(256)])
     return images, caption_codes(system, split), rows.repeat_interleave(torch.from_numpy(split.counts))
 
-# %% ../../nbs/systems/05_sdn.ipynb #2046ae1e
+# %% ../../nbs/systems/05_sdn.ipynb #2076081a
 class Teach(Phase):
     "Learn to recognise, so as to be able to teach."
     name = "recognise"
@@ -270,7 +272,7 @@ def recognised(system: "Sdn", split: CollectionSplit) -> list[bool]:
     found = [system.classifier(pictures_of(split, part).to(device)).argmax(1).cpu() for part in in_parts(range(len(split.counts)), 64)]
     return (torch.cat(found) == split.classes[split.first]).tolist()
 
-# %% ../../nbs/systems/05_sdn.ipynb #c445919c
+# %% ../../nbs/systems/05_sdn.ipynb #96e90607
 class Distil(Phase):
     "Stage I, Stage II, both at once, or pixels alone."
 
@@ -330,7 +332,7 @@ def samples(phase: Phase) -> Float[Tensor, "16 3 h w"]:
     rows = spread(phase.val.positions, 8)
     return torch.cat([pictures_of(phase.val, rows), phase.system.of_captions(phase.val, rows)])
 
-# %% ../../nbs/systems/05_sdn.ipynb #60052e14
+# %% ../../nbs/systems/05_sdn.ipynb #a67bef79
 class Compete(Phase):
     "GAN-INT-CLS or StackGAN."
 
@@ -394,7 +396,7 @@ def tree_losses(system: "Sdn", real: Tensor, codes: Tensor, other: Tensor):
         return pleased + system.config.kl_weight * kl_to_standard_normal(mean, log_variance).mean() / mean.shape[1]
     return judges, painter
 
-# %% ../../nbs/systems/05_sdn.ipynb #1d185259
+# %% ../../nbs/systems/05_sdn.ipynb #dab08394
 class Painter(nn.Module):
     "The generator of either, from a sentence's code."
 
@@ -417,7 +419,7 @@ class Painter(nn.Module):
         drawn = self.generator(self.compress.sample(mean, log_variance) if cloud else mean, noise)
         return (*drawn, mean, log_variance) if cloud else drawn
 
-# %% ../../nbs/systems/05_sdn.ipynb #a63723ed
+# %% ../../nbs/systems/05_sdn.ipynb #ea84d38d
 class Sdn(System):
     "Text to picture by symmetrical distillation (paper 004)."
     title = "sentences -> pictures by a mirrored recogniser, taught layer by layer (paper 004)"
@@ -529,7 +531,7 @@ class Sdn(System):
             return {"class accuracy": Score([100. * hit for hit in recognised(self, test)], "%", 100 / max(1, len(test.class_names)))}
         return drawing_scores(self, test)
 
-# %% ../../nbs/systems/05_sdn.ipynb #faab903d
+# %% ../../nbs/systems/05_sdn.ipynb #feb73b60
 @torch.no_grad()
 def drawing_scores(
     system: Sdn,
@@ -555,7 +557,7 @@ def diversity(drawn: Float[Tensor, "b p 3 h w"]) -> Float[Tensor, "b"]:
     pairs = [(drawn[:, j] - drawn[:, k]).abs().mean((1, 2, 3)) for j in range(p) for k in range(j)]
     return torch.stack(pairs).mean(0) if pairs else drawn.new_zeros(len(drawn))
 
-# %% ../../nbs/systems/05_sdn.ipynb #ea71872a
+# %% ../../nbs/systems/05_sdn.ipynb #307c70d8
 @torch.no_grad()
 def nearest_training(
     system: Sdn,                            # one that has a teacher
