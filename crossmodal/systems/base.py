@@ -84,7 +84,8 @@ def fidelity_scores(
     real: Float[Tensor, "m 3 h w"],
     judge: str,                             # the backbone whose features are compared; its name stands in every score
 ) -> dict[str, Score]:
-    "FID, and Inception Scores where the judge has classes."
+    "FID, and Inception Scores where the judge has classes; nothing of fewer than four pictures, which are no crowd."
+    if min(len(drawn), len(real)) < 4: return {}
     found = fidelity(drawn, real, backbone_extractor(frozen_backbone(judge, BACKBONES[judge].side)))
     scores = {f"fid ({judge})": Score([float(found.frechet)], "", n=len(drawn))}
     if found.inception: scores[f"inception score ({judge})"] = Score([found.inception.mean], "", 1., n=len(drawn))
