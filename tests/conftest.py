@@ -1,7 +1,11 @@
 """Fixtures that several test modules share."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 
 @pytest.fixture(scope="module")
@@ -11,3 +15,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def karpathy(tmp_path):
+    "Six pictures in Karpathy's layout, all of them test or train; their words are nobody else's."
+    folder = tmp_path / "strange"
+    (folder / "images").mkdir(parents=True)
+    rng, entries = np.random.default_rng(0), []
+    for k in range(6):
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / "images" / f"{k}.png")
+        sentences = [{"raw": f"zeppelin number{k} over gizmo{j}", "tokens": ["zeppelin", f"number{k}", "over", f"gizmo{j}"]} for j in range(5)]
+        entries.append({"filename": f"{k}.png", "split": "train" if k < 2 else "val" if k == 2 else "test", "sentences": sentences, "imgid": k})
+    (folder / "dataset.json").write_text(json.dumps({"dataset": "strange", "images": entries}))
+    return folder

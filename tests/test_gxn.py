@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from crossmodal.data.text import END
 from crossmodal.losses.ranking import described
@@ -33,20 +32,6 @@ def no_judges():
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     return train("gxn", preset="smoke", out=tmp_path_factory.mktemp("chain") / "whole", quiet=True)
-
-
-@pytest.fixture
-def karpathy(tmp_path):
-    "Six pictures in Karpathy's layout, all of them test or train; their words are nobody else's."
-    folder = tmp_path / "strange"
-    (folder / "images").mkdir(parents=True)
-    rng, entries = np.random.default_rng(0), []
-    for k in range(6):
-        Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / "images" / f"{k}.png")
-        sentences = [{"raw": f"zeppelin number{k} over gizmo{j}", "tokens": ["zeppelin", f"number{k}", "over", f"gizmo{j}"]} for j in range(5)]
-        entries.append({"filename": f"{k}.png", "split": "train" if k < 2 else "val" if k == 2 else "test", "sentences": sentences, "imgid": k})
-    (folder / "dataset.json").write_text(json.dumps({"dataset": "strange", "images": entries}))
-    return folder
 
 
 def test_the_full_model_leaves_its_grounds_beside_it(chain):

@@ -251,9 +251,6 @@ class Teach(Phase):
         self.epochs, self.batch_size = self.config.teacher_epochs, self.config.teacher_batch
 
     def begin(self):
-        highest = int(max(self.train.classes.max(), self.val.classes.max()))
-        if highest >= self.config.classes:
-            raise ValueError(f"{self.train.source} has a class {highest}, but classes={self.config.classes}: set it to {highest + 1} or more.")
         self.optimizers = (self.adam(self.system.classifier, self.config.teacher_rate),)
         return self.train
 
@@ -262,7 +259,7 @@ class Teach(Phase):
         mirrored = torch.rand(len(batch), 1, 1, 1, device=batch.ids.device) < .5
         return {"loss": F.cross_entropy(self.system.classifier(torch.where(mirrored, batch.images.flip(3), batch.images)), batch.classes)}
 
-    def validate(self): return {"classes": float(torch.tensor(recognised(self.system, self.val)).float().mean())}
+    def validate(self): return {"classes": float(torch.tensor(recognised(self.system, self.val)).float().mean())} if self.val.class_names else {}
 
 
 @torch.no_grad()
@@ -318,13 +315,11 @@ class Distil(Phase):
 
 
 def fall(phase: Phase, rate: float):
-    "Along half a cosine from `rate` to nothing, over the phase."
-    every = -(-len(phase.train) // phase.batch_size)
-    done = getattr(phase, "done", None)
-    phase.done = phase.train.epoch * every if done is None or done < phase.train.epoch * every else done
-    share = min(1., phase.done / (phase.epochs * every))
-    for group in phase.optimizers[0].param_groups: group["lr"] = rate * (1 + math.cos(math.pi * share)) / 2
-    phase.done += 1
+    "Along half a cosine from `rate` to nothing, over the phase. The steps are counted in the optimiser, whose state a checkpoint keeps."
+    steps = phase.epochs * -(-len(phase.train) // phase.batch_size)
+    for group in phase.optimizers[0].param_groups:
+        group["lr"] = rate * (1 + math.cos(math.pi * group.setdefault("done", 0) / steps)) / 2
+        group["done"] += 1
 
 
 def samples(phase: Phase) -> Float[Tensor, "16 3 h w"]:
@@ -433,11 +428,12 @@ class Sdn(System):
         if not config.text_vectors:
             self.reader, seen_width = Reader(config, vocabulary), BACKBONES[config.text_backbone].width
             self.see = nn.Sequential(nn.BatchNorm1d(seen_width, affine=False), nn.Linear(seen_width, config.width))
+        elif config.model == "text": raise ValueError(f"codes come from {config.text_vectors}: leave text_vectors out to train a text encoder.")
         if config.model == "text": return
         for name, value in (("middle", 0.), ("spread", 1.)): self.register_buffer(name, torch.full((config.width,), value))
         self.register_buffer("chosen", torch.zeros(config.drawn, dtype=torch.long))         # how often each output was the nearest to the truth
         for module in ("reader", "see"):
-            if hasattr(self, module): getattr(self, module).requires_grad_(False)
+            if hasattr(self, module): getattr(self, module).requires_grad_(False).eval()
         if config.model in STAGES: self._build_student()
         else:
             self.painter, width = Painter(config), config.discriminator_width
@@ -461,6 +457,19 @@ class Sdn(System):
         grounds = [] if config.text_vectors else ["text"]
         if config.model in STAGES and config.model != "image" and config.teacher != "vgg19": grounds.append("teacher")
         return [replace(config, model=model) for model in grounds]
+
+    def train(self, mode=True):
+        "What was learned elsewhere rests: else words would drop out of the codes."
+        super().train(mode)
+        for module in [] if self.config.model in ("text", "teacher") or self.config.text_vectors else [self.reader, self.see]: module.eval()
+        return self
+
+    def prepare(self, train):
+        "Data that do not fit are refused before the first step."
+        highest = int(train.classes.max())
+        if self.config.model == "teacher" and highest >= self.config.classes:
+            raise ValueError(f"{train.source} has a class {highest}, but classes={self.config.classes}: set it to {highest + 1} or more.")
+        if self.config.model not in ("text", "teacher") and self.config.text_vectors: stored_codes(self.config, train)
 
     def begin_with(self, trained):
         for ground in trained:
@@ -527,8 +536,8 @@ class Sdn(System):
     def evaluate(self, test):
         if self.config.model == "text": return recall_scores(cosine_ranks(*joint_codes(self, test)))
         if self.config.model == "teacher":
-            if test.collection.class_disjoint: return {}                # it has never heard of these classes
-            return {"class accuracy": Score([100. * hit for hit in recognised(self, test)], "%", 100 / max(1, len(test.class_names)))}
+            if test.collection.class_disjoint or not test.class_names: return {}        # it has never heard of these classes, or there are none
+            return {"class accuracy": Score([100. * hit for hit in recognised(self, test)], "%", 100 / len(test.class_names))}
         return drawing_scores(self, test)
 
 # %% ../../nbs/systems/05_sdn.ipynb #feb73b60
