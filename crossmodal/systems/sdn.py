@@ -90,6 +90,11 @@ class SdnConfig(Config):
     judge: Literal["inception_v3", "efficientnet_lite0"] = "inception_v3"       # whose features make FID and Inception Score; its name stands in the score
     judged: Count = 5000                    # pictures that are drawn for measuring, at most
 
+    def __post_init__(self):
+        halvings = len(PLANS[self.teacher])
+        if self.side % 2 ** halvings:
+            raise ValueError(f"the teacher {self.teacher} halves its maps {halvings} times, so the side must be a multiple of {2 ** halvings}, found {self.side}.")
+
     @property
     def drawn(self) -> int:
         "Pictures of each sentence."
