@@ -24,7 +24,7 @@ from crossmodal.workbook.tables import answer, build_table, sdn_table1, sdn_tabl
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMOKE = apply_preset(SdnConfig(), SDN_PRESETS, "smoke")
 TEXTS = ["a red bird with a black crown", "a quixotic zeppelin", "漢字 and <xml>, née Ünknown", "x"]
-EPOCH = 35                                                  # steps: 820 captions, 24 at a time
+EPOCH = 14                                                  # steps: 820 captions, 60 at a time
 FALLING = {"falling": True, "first_epochs": 2, "calibrated": True, "normalize": True}
 
 
@@ -218,7 +218,7 @@ def test_losses_are_those_of_plain_loops(model, calibrated):
             held = [] if model == "image" else system.teacher(batch.images)
             some = pictures_of(data, spread(data.positions, 64))
             weights = [1.] * len(held)
-            if calibrated and held: weights = [float(some.abs().mean() / 7 / level.abs().mean()) for level in system.teacher(some)]
+            if calibrated and held: weights = [float(some.abs().mean() / len(held) / level.abs().mean()) for level in system.teacher(some)]
             wanted = {name: [] for name in losses}
             for b in range(len(batch)):
                 near = [float((drawn[b, p] - batch.images[b]).abs().mean()) for p in range(drawn.shape[1])]
@@ -251,7 +251,7 @@ def test_half_precision_trains(model):
         step = phase.step
         phase.step = lambda batch, step=step: losses.append(step(batch)) or losses[-1]
     Loop(system, phases, precision="bf16").fit()
-    assert len(losses) >= 21 and all(torch.isfinite(value) for each in losses for value in each.values())
+    assert len(losses) >= EPOCH and all(torch.isfinite(value) for each in losses for value in each.values())
     assert all(value.isfinite().all() and value.dtype != torch.bfloat16 for value in system.state_dict().values())
 
 
