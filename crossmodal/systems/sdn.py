@@ -93,7 +93,7 @@ class SdnConfig(Config):
     def __post_init__(self):
         halvings = len(PLANS[self.teacher])
         if self.side % 2 ** halvings:
-            raise ValueError(f"the teacher {self.teacher} halves its maps {halvings} times, so the side must be a multiple of {2 ** halvings}, found {self.side}.")
+            raise ValueError(f"the teacher {self.teacher} halves its maps {halvings} times: side must be a multiple of {2 ** halvings}, found {self.side}.")
 
     @property
     def drawn(self) -> int:
