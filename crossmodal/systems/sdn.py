@@ -115,7 +115,7 @@ SDN_PRESETS = {
     "quick": {"side": Changed(64, "two cores, minutes"), "per_species": Changed(25, "likewise"),
               "teacher": Changed("vgg7", "two cores; ImageNet's VGG19 is a download"), "calibrated": Changed(True, "few steps: each layer should count"),
               "normalize": Changed(True, "few steps"),
-              "hidden": Changed(256, "two cores"), "first_epochs": Changed(2, "two cores, minutes"), "second_epochs": Changed(1, "likewise"),
+              "hidden": Changed(256, "two cores"), "first_epochs": Changed(3, "two cores, minutes"), "second_epochs": Changed(2, "likewise"),
               "batch": Changed(16, "sure statistics for batch normalisation"), "rate": Changed(2e-3, "few steps, so larger ones"),
               "falling": Changed(True, "few steps"), "text": Changed("words", "learned in seconds; a drawn bird's sentence is a list of parts and colours"),
               "width": Changed(256, "two cores"), "word": Changed(128, "likewise"),
