@@ -24,7 +24,7 @@ from ..data.captioned import CollectionSplit, open_dataset
 from ..data.images import Transform
 from ..data.text import Vocabulary
 from ..losses.adversarial import discriminator_loss, fake_loss, generator_loss, real_loss
-from ..losses.distillation import image_distance, level_weights, stage1_loss, stage2_loss
+from ..losses.distillation import best_picture, image_distance, level_weights, stage1_loss, stage2_loss
 from ..losses.ranking import structured_joint_loss
 from ..losses.variational import kl_to_standard_normal
 from ..metrics.retrieval import cosine_ranks, retrieval_report
@@ -309,7 +309,11 @@ class Distil(Phase):
         losses, teacher = {}, self.system.teacher
         with torch.no_grad(): held = teacher(real)
         if self.stage != "stage2": losses["stage 1"] = stage1_loss(held, levels, real, drawn, self.weights)
-        if self.stage != "stage1": losses["stage 2"] = stage2_loss(held, teacher(drawn.flatten(0, 1)), real, drawn, self.weights)
+        if self.stage == "stage1": return losses
+        if drawn.shape[1] > 1:                                          # choose without a graph, and look at the chosen once more
+            with torch.no_grad(): best = best_picture(held, teacher(drawn.flatten(0, 1)), real, drawn, self.weights)
+            drawn = drawn[torch.arange(len(drawn), device=best.device), best][:, None]
+        losses["stage 2"] = stage2_loss(held, teacher(drawn[:, 0]), real, drawn, self.weights)
         return losses
 
     def validate(self):
