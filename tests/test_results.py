@@ -27,11 +27,13 @@ def test_every_file_is_a_table_that_is_known():
 @pytest.mark.parametrize("key", ALL)
 def test_every_stored_figure_is_backed(key):
     table = check_table(find_table(*key), RESULTS / f"{table_name(*key)}.csv")
-    assert list(table.columns) == COLUMNS and table["ours"].notna().all()
+    missing = table[table["ours"].isna()]
+    assert list(table.columns) == COLUMNS and missing["runs"].fillna("").eq("").all()
+    assert set(missing["metric"]) <= {"METEOR (%)"}             # which is measured where Java is
 
 
 def test_every_record_is_named_by_a_table():
-    named = {name for key in STORED for cell in pd.read_csv(RESULTS / f"{table_name(*key)}.csv")["runs"] for name in cell.split()}
+    named = {name for key in STORED for cell in pd.read_csv(RESULTS / f"{table_name(*key)}.csv")["runs"].dropna() for name in cell.split()}
     assert {path.stem for path in (RESULTS / "runs").glob("*.json")} == named
 
 

@@ -469,7 +469,9 @@ def check_table(
         fresh = pd.DataFrame([table_row(cell, records)], columns=COLUMNS).iloc[0]
         for column in COLUMNS:
             old, new = getattr(line, column), fresh[column]
-            if not (pd.isna(old) and (pd.isna(new) or new == "")) and old != new and not (isinstance(old, float) and abs(old - new) < 2e-3):
+            absent = lambda value: pd.isna(value) or value == ""
+            near = isinstance(old, float) and not absent(new) and abs(old - new) < 2e-3
+            if not (absent(old) and absent(new)) and old != new and not near:
                 raise UnbackedFigure(f"{place}: {column} is {old}, the records say {new}.")
     if gone := set(by_place) - set(zip(stored["row"], stored["column"], stored["metric"])):
         raise UnbackedFigure(f"{path.name} lacks {len(gone)} cells, such as {' / '.join(min(gone))}.")
