@@ -233,7 +233,9 @@ def stored_codes(config: SdnConfig, split: CollectionSplit) -> Float[Tensor, "n 
     return codes
 
 
-def in_parts(items: Sequence, size: int) -> list[Sequence]: return [items[k:k + size] for k in range(0, len(items), size)]
+def in_parts(items: Sequence, size: int) -> list[Sequence]:
+    "Slices of at most so many items."
+    return [items[k:k + size] for k in range(0, len(items), size)]
 
 
 @torch.no_grad()
