@@ -142,7 +142,6 @@ def cached_pictures(
     progress: bool = True,
 ) -> PictureCache:
     "The decoded pictures of a collection, from the cache; built first if need be."
-    stamps = hashlib.sha256("\n".join(collection.pixels.stamp(i) for i in range(len(collection.pictures))).encode()).hexdigest()
-    key = {"version": 1, "collection": collection.name, "fingerprint": collection.fingerprint, "stamps": stamps,
+    key = {"version": 1, "collection": collection.name, "fingerprint": collection.fingerprint, "stamps": collection.stamps,
            "box": transform.box, "base": transform.base, "squash": transform.squash}
     return PictureCache(entry(collection.name, key, lambda folder: write_pictures(collection, transform, folder, progress)))

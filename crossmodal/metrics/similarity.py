@@ -113,7 +113,9 @@ def _numba():
     "numba, or None with one warning. It takes torch's number of threads: at its start it would set one for all of OpenMP, torch's included."
     try:
         import numba
-    except ImportError as error: return warnings.warn(f"numba cannot be imported ({error}): SSIM and FSIM run in plain torch, more slowly.", stacklevel=2)
+    except ImportError as error:
+        warnings.warn(f"numba cannot be imported ({error}): SSIM and FSIM run in plain torch, more slowly.", stacklevel=2)
+        return None
     threads = torch.get_num_threads()
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     torch.set_num_threads(threads)

@@ -229,6 +229,12 @@ def frozen_backbone(name: str, side: int, front: bool = False) -> Backbone:
     with torch.random.fork_rng(devices=[]): return Backbone(name, side=side, front=front)
 
 
+@lru_cache(maxsize=3)
+def _frozen_fingerprint(name: str, side: int, front: bool) -> str:
+    "Shared backbones never change, and to read all their weights takes longer than a step of some phases."
+    return frozen_backbone(name, side, front).fingerprint()
+
+
 def backbone_features(
     collection: Collection,
     name: str,
@@ -241,5 +247,5 @@ def backbone_features(
     backbone = frozen_backbone(name, side, front).to(device)
     encode = lambda images: dict(zip(("vector", "regions"), backbone(images)))
     kind = "regions" if front else "vector"
-    return cached_features(lambda images: {kind: encode(images)[kind]}, f"{backbone.name} {backbone.fingerprint()}", collection,
+    return cached_features(lambda images: {kind: encode(images)[kind]}, f"{backbone.name} {_frozen_fingerprint(name, side, front)}", collection,
                            Transform((side,), box=box, margin=1), device=device)

@@ -455,6 +455,7 @@ def check_table(
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist: `crossmodal table` writes it.")
     stored = pd.read_csv(path, dtype={"seeds": str})
     by_place = {(cell.row, cell.column, cell.metric): cell for cell in possible(cells, stored["data"].dropna())}
+    absent = lambda value: pd.isna(value) or value == ""
     for line in stored.itertuples():
         place = f"{path.name}: {line.row} / {line.column} / {line.metric}"
         if (line.row, line.column, line.metric) not in by_place: raise UnbackedFigure(f"{place} is not a cell of this table.")
@@ -469,7 +470,6 @@ def check_table(
         fresh = pd.DataFrame([table_row(cell, records)], columns=COLUMNS).iloc[0]
         for column in COLUMNS:
             old, new = getattr(line, column), fresh[column]
-            absent = lambda value: pd.isna(value) or value == ""
             near = isinstance(old, float) and not absent(new) and abs(old - new) < 2e-3
             if not (absent(old) and absent(new)) and old != new and not near:
                 raise UnbackedFigure(f"{place}: {column} is {old}, the records say {new}.")
