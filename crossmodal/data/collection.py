@@ -102,7 +102,7 @@ class Collection:
 
     @cached_property
     def stamps(self) -> str:
-        "Another text as soon as any picture changes; looked up once, since many ask at every step and a look at 100,000 files takes most of a second."
+        "Another text for a collection in which any picture has changed. Files are asked once: whoever opens the folder again asks again."
         stamps = [] if self.pixels is None else [self.pixels.stamp(position) for position in range(len(self.pictures))]
         return hashlib.sha256("\n".join(stamps).encode()).hexdigest()
 
