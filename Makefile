@@ -1,7 +1,7 @@
 # Everything starts from a fresh clone with Python and make alone:  make workbook  or  make test
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help workbook test lab readme lock clean programs
+.PHONY: help workbook test docs lab readme lock clean programs
 
 PYTHON ?= python3
 MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
@@ -17,6 +17,9 @@ workbook: $(READY) programs  ## train what is missing, run the notebooks, write 
 test: $(READY) programs  ## package in step, notebooks clean, notebooks run, tests pass
 	@.venv/bin/python tests/suite.py
 
+docs: $(READY)  ## write this book as a site that opens from a folder: _site/index.html (needs npm)
+	@.venv/bin/python docs/build.py
+
 lab: $(READY)  ## open the notebooks in JupyterLab
 	@.venv/bin/jupyter lab nbs
 
@@ -24,7 +27,7 @@ readme: $(READY)  ## write README.md from nbs/index.ipynb
 	@.venv/bin/jupyter nbconvert --to markdown --no-input --log-level ERROR --output-dir . --output README nbs/index.ipynb
 
 clean:  ## remove all that can be made again, .venv too; runs/ and data stay
-	@rm -rf .venv _workbook _proc _docs _site build dist *.egg-info .pytest_cache .ruff_cache
+	@rm -rf .venv _workbook _proc _docs _site docs/node_modules build dist *.egg-info .pytest_cache .ruff_cache
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 
 # torch and torchvision are held to a pair that is known to load together. Versions already locked are kept unless

@@ -1,6 +1,10 @@
 """Fixtures that several test modules share."""
 
 import json
+import os
+
+# Tests fork processes that are killed. Where numba has used GNU OpenMP, its forked children end themselves.
+os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
 
 import numpy as np
 import pytest

@@ -53,11 +53,11 @@ class NotebookRun(NamedTuple):
     problem: str  # empty if the notebook passed
 
 
-def in_fresh_process(function: Callable, *args):
-    "Call `function` where nothing is imported yet; nbdev also keeps one configuration per process."
+def in_fresh_process(function: Callable, *args, start: str = "spawn"):
+    "Call `function` where nothing of ours is imported yet; nbdev also keeps one configuration per process."
     # An executor, and not multiprocessing.Pool: its workers may have children (data loaders),
     # and one that is killed raises an error here instead of leaving us to wait for ever.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(start)) as pool:
         return pool.submit(function, *args).result()
 
 
@@ -171,9 +171,11 @@ def run_notebook(path: Path) -> NotebookRun:
 def run_notebooks(root: Path) -> Result:
     # One thread each: two notebooks share the cores, and torch would start a thread per core in both.
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Forked from a process that has imported what takes seconds, and nothing of ours.
+    multiprocessing.set_forkserver_preload(["matplotlib.pyplot", "nbdev.test", "torchvision"])
     failed = 0
     with ThreadPoolExecutor(WORKERS) as pool:
-        jobs = {pool.submit(in_fresh_process, run_notebook, path): path for path in notebooks()}
+        jobs = {pool.submit(in_fresh_process, run_notebook, path, start="forkserver"): path for path in notebooks()}
         for job in as_completed(jobs):
             try:
                 run = job.result()
@@ -193,9 +195,10 @@ def run_notebooks(root: Path) -> Result:
 def run_tests(root: Path) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        options = ["-q", "-rs", "--ignore=tests/bench", f"--junitxml={report}"]
+        options = ["-q", "-rs", "-n", str(WORKERS), "--dist=loadfile", "--ignore=tests/bench", f"--junitxml={report}"]
         # `-m` puts the project's folder first on the path: its own package is tested, not one installed elsewhere.
-        status = subprocess.run([sys.executable, "-m", "pytest", "tests", *options], cwd=root).returncode
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as for notebooks
+        status = subprocess.run([sys.executable, "-m", "pytest", "tests", *options], cwd=root, env=environment).returncode
         counts = ElementTree.parse(report).find("testsuite").attrib if report.exists() else {}
     tests, failures, errors, skipped = (int(counts.get(key, 0)) for key in ("tests", "failures", "errors", "skipped"))
     if tests == 0:

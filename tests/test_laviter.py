@@ -7,7 +7,7 @@ import torch
 
 from crossmodal.systems.base import pictures_of
 from crossmodal.systems.experiments import load, resume, train
-from crossmodal.systems.laviter import LAVITER_PRESETS, Joint, Laviter, LaviterConfig, Said, matching, split_codes
+from crossmodal.systems.laviter import LAVITER_PRESETS, Joint, Laviter, LaviterConfig, Said, matching, short_texts, split_codes, what_is_true
 from crossmodal.training.config import apply_preset
 from crossmodal.training.loop import Interrupted, Loop, StopOnSignal
 from crossmodal.training.runs import open_run
@@ -95,6 +95,19 @@ def test_the_drawn_picture_teaches_the_painter_through_a_resting_front():
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in system.generator.heads[-1].parameters())
 
 
+def test_nothing_shrinks_a_painter_that_has_nothing_to_learn():
+    "In phase 3 too, weight decay is for encoders and writer: with every term of the painter at 0, it stays where it was."
+    system, data = built("full", weight_gen=0., weight_fi=0., weight_decay=1.)
+    before = {name: weight.clone() for name, weight in system.named_parameters()}
+    phase = system.phases(data, data)[0]
+    phase.accelerator = Loop(system, []).accelerator
+    phase.begin()
+    phase.step(data[SOME])
+    moved = {name.split(".")[0] for name, weight in system.named_parameters() if not weight.equal(before[name])}
+    assert moved == {"image", "text", "writer", "judges"}
+    assert [group["betas"] for group in phase.optimizers[0].param_groups] == [(.9, .999), (.5, .999)]
+
+
 def test_pairs_of_one_class_are_no_negatives():
     "Captions of one class only: nothing is left to be told apart, so the loss is 0; without the mask it is not."
     system, data = built("vta")
@@ -145,6 +158,33 @@ def test_the_whole_network_can_learn_but_for_its_first_layers():
     moved = [name for name, weight in system.image.own_front.named_parameters() if not weight.equal(before[name])]
     assert moved and not any(name.startswith(("network.0.", "network.1.", "network.3.", "network.4.", "network.5.")) for name in moved)
     assert not isinstance(phase, Joint) and isinstance(system.hear(*phase.read(data[range(2)])), Said)
+
+
+def test_what_nobody_has_said_of_a_picture_is_neither_true_nor_false():
+    "AIMCoS of classes and of attributes; a text with an unknown word is not asked, and its column goes with it."
+    _, data = built("vta")
+    texts, familiar = short_texts(data)
+    asked, present, known, over = what_is_true(data)
+    assert asked == [text for text, sayable in zip(texts, familiar) if sayable] and len(asked) < len(texts) and over == "images"
+    values = data.collection.attributes.copy()
+    values[data.positions, np.flatnonzero(familiar)[3]] = np.nan
+    data.collection = replace(data.collection, attributes=values)
+    _, fewer, less, _ = what_is_true(data)
+    assert known[:, 3].any() and not less[:, 3].any() and not fewer[:, 3].any()
+    assert (np.delete(less, 3, 1) == np.delete(known, 3, 1)).all() and (np.delete(fewer, 3, 1) == np.delete(present, 3, 1)).all()
+    data.collection = replace(data.collection, attributes=None, attribute_names=())
+    data.class_names = ["zeppelin", *data.class_names[1:]]
+    asked, present, known, over = what_is_true(data)
+    assert "zeppelin" not in asked and present.shape == (len(data.positions), len(asked)) and known.all() and over == "texts"
+
+
+@pytest.mark.parametrize("mask_pads", [True, False])
+def test_a_code_does_not_depend_on_its_batch(mask_pads):
+    system = built("vta", mask_pads=mask_pads)[0].eval()
+    alone, beside = system.embed_texts(["a red bird"]), system.embed_texts(["a red bird", "a small bird that has a black bill and a white belly"])
+    assert alone[0].allclose(beside[0], atol=1e-6)
+    shorter = system.listen(["a bird"])
+    assert shorter.words.shape[1] == (2 if mask_pads else system.config.longest) and shorter.lengths.tolist() == [2]
 
 
 @pytest.mark.parametrize("changes", [{"said": "forced"}, {"wide_heads": True}, {"mask_pads": False}, {"mismatched": False}, {"root": True},

@@ -13,6 +13,7 @@ from crossmodal.data.coco import is_coco, is_flickr8k, is_karpathy, read_coco, r
 from crossmodal.data.collection import tally
 from crossmodal.data.cub import CUB_TEST, is_cub, read_cub
 from crossmodal.data.flowers import is_flowers, read_flowers
+from crossmodal.data.folder import is_folder, read_folder
 
 BIRDS = {number: f"{number:03}.Bird_{number}" for number in (1, 2, 3, 5)}     # 1 is one of the published test classes
 
@@ -93,8 +94,16 @@ def flickr8k(folder):
     return folder
 
 
+def own(folder):
+    rows = [f"images/{name}.jpg,{text}" for name in "abcd" for text in (f'"a {name}, and blue"', f"its letter is {name}")]
+    for name in "abcd": draw(folder / f"images/{name}.jpg")
+    write(folder / "captions.csv", "picture,caption\n" + "".join(f"{row}\n" for row in rows))
+    return folder
+
+
 LAYOUTS = {"cub": (cub, read_cub, is_cub, 8), "flowers": (flowers, read_flowers, is_flowers, 6), "karpathy": (karpathy, read_karpathy, is_karpathy, 4),
-           "coco": (coco, read_coco, is_coco, 3), "flickr8k": (flickr8k, read_flickr8k, is_flickr8k, 3)}
+           "coco": (coco, read_coco, is_coco, 3), "flickr8k": (flickr8k, read_flickr8k, is_flickr8k, 3),
+           "own": (own, read_folder, is_folder, 4)}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -119,7 +128,7 @@ def test_an_empty_folder_says_what_is_missing(name, tmp_path):
 def test_windows_line_ends_change_nothing(name, tmp_path):
     build, read, _, _ = LAYOUTS[name]
     before = read(build(tmp_path))
-    for path in [*tmp_path.rglob("*.txt"), *tmp_path.rglob("*.json")]: path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    for path in [*tmp_path.rglob("*.txt"), *tmp_path.rglob("*.json"), *tmp_path.rglob("*.csv")]: path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     after = read(tmp_path)
     assert after.fingerprint == before.fingerprint and after.problems == ()
 
@@ -136,7 +145,7 @@ def test_a_missing_picture_is_named_and_left_out(name, tmp_path):
 
 
 CAPTION_FILES = {"cub": "text/002.Bird_2/a.txt", "flowers": "text_c10/class_00002/image_00003.txt", "karpathy": "dataset.json",
-                 "coco": "annotations/captions_train2014.json", "flickr8k": "Flickr8k.token.txt"}
+                 "coco": "annotations/captions_train2014.json", "flickr8k": "Flickr8k.token.txt", "own": "captions.csv"}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -306,6 +315,45 @@ def test_pictures_may_be_elsewhere_but_not_half_there(name, tmp_path):
     alone = read(tmp_path)
     assert alone.pixels is None and len(alone.pictures) == count and alone.problems == ()
     assert len(alone.fingerprint) == 12
+
+
+def test_an_own_table_in_other_peoples_dialects(tmp_path):
+    before = read_folder(own(tmp_path))
+    text = (tmp_path / "captions.csv").read_text()
+    (tmp_path / "captions.csv").unlink()
+    for old, new in (("picture,caption", "File_Name;Text"), (".jpg,", ".jpg;"), ("images/", ".\\images\\")): text = text.replace(old, new)
+    (tmp_path / "metadata.csv").write_text(text, encoding="utf-8-sig")
+    after = read_folder(tmp_path)
+    assert after.problems == () and after.fingerprint == before.fingerprint
+
+
+@pytest.mark.parametrize("rows, expected", [
+    (["a.jpg,red, and blue"], ["bad line"]),
+    (["a.jpg"], ["bad line"]),
+    (["a.jpg,"], ["empty caption"]),
+    ([",blue"], ["bad line"]),
+    (["", "  ,  "], []),
+    (["e.jpg,nowhere"], ["missing picture"]),
+])
+def test_faults_of_an_own_table(rows, expected, tmp_path):
+    own(tmp_path)
+    with open(tmp_path / "captions.csv", "a") as file: file.write("\n".join(rows) + "\n")
+    collection = read_folder(tmp_path)
+    assert kinds(collection) == expected and len(collection.pictures) == 4
+    assert all("captions.csv, line 10" in problem.where for problem in collection.problems if problem.kind != "missing picture")
+
+
+def test_an_own_table_that_is_no_table(tmp_path):
+    own(tmp_path)
+    for text, what in (("", "only nothing"), ("a.jpg,a bird\n", "must name the columns"), ("picture,caption\n", "found captions of 0")):
+        write(tmp_path / "captions.csv", text)
+        with pytest.raises(ValueError, match=what): read_folder(tmp_path)
+
+
+def test_an_own_folder_named_like_a_dataset_is_not_that_dataset(tmp_path):
+    from crossmodal.data.captioned import open_dataset
+    (tmp_path / "birds").mkdir()
+    assert open_dataset(own(tmp_path / "birds"), "train").source == "own birds"
 
 
 # The real sets.

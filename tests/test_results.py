@@ -1,15 +1,17 @@
 """Every figure in results/ comes out of the records beside it, and one that does not is refused."""
 
+import json
 import shutil
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
-from crossmodal.workbook.tables import COLUMNS, TABLES, UnbackedFigure, check_table, find_table, table_name
+from crossmodal.workbook.tables import COLUMNS, TABLES, UnbackedFigure, check_table, find_table, read_table, table_name
 
-RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
 STORED = [key for key in TABLES if (RESULTS / f"{table_name(*key)}.csv").exists()]      # a table of a system that is not measured yet has no file
+PRINTED = ("Inception Score (inception_v3)", "FID (inception_v3)")    # by a judge that no stored run has
 ALL = [pytest.param(key, id=table_name(*key)) for key in STORED]
 
 
@@ -29,11 +31,19 @@ def test_every_stored_figure_is_backed(key):
     table = check_table(find_table(*key), RESULTS / f"{table_name(*key)}.csv")
     missing = table[table["ours"].isna()]
     assert list(table.columns) == COLUMNS and missing["runs"].fillna("").eq("").all()
-    assert set(missing["metric"]) <= {"METEOR (%)"}             # which is measured where Java is
+    assert set(missing["metric"]) <= {"METEOR (%)", "human score (1 to 4)", *PRINTED}     # measured where Java is, and where people were asked
+
+
+def test_the_front_page_shows_what_the_tables_say():
+    "README.md holds the outputs of nbs/index.ipynb as they were stored; here its cell is run again."
+    [cell] = [cell for cell in json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
+    shown, source = [], "".join(cell["source"]).replace("../results", str(RESULTS))
+    exec(source.replace("import HTML, display", "import HTML"), {"display": shown.append})
+    assert len(shown) == 1 and shown[0].data in (ROOT / "README.md").read_text()
 
 
 def test_every_record_is_named_by_a_table():
-    named = {name for key in STORED for cell in pd.read_csv(RESULTS / f"{table_name(*key)}.csv")["runs"].dropna() for name in cell.split()}
+    named = {name for key in STORED for cell in read_table(RESULTS / f"{table_name(*key)}.csv")["runs"].dropna() for name in cell.split()}
     assert {path.stem for path in (RESULTS / "runs").glob("*.json")} == named
 
 
@@ -41,7 +51,7 @@ def test_every_record_is_named_by_a_table():
 @pytest.mark.parametrize("column, value", [("ours", 99.9), ("low", 0.1), ("n", 1), ("chance", 77.0), ("preset", "paper"), ("data", "other")])
 def test_an_altered_figure_is_refused(copy, key, column, value):
     path = copy / f"{table_name(*key)}.csv"
-    table = pd.read_csv(path, dtype={"seeds": str})
+    table = read_table(path)
     table.loc[0, column] = value
     table.to_csv(path, index=False)
     with pytest.raises(UnbackedFigure, match=f"{column} is {value}"):
@@ -50,7 +60,7 @@ def test_an_altered_figure_is_refused(copy, key, column, value):
 
 def test_a_record_of_another_row_is_refused(copy):
     path = copy / "embedmap_table1.csv"
-    table = pd.read_csv(path, dtype={"seeds": str})
+    table = read_table(path)
     rows = table["row"] == "Proposed (mlp-ae)"
     table.loc[rows, "runs"] = table.loc[table["row"] == "Proposed (mlp-vae)", "runs"].values
     table.to_csv(path, index=False)

@@ -243,18 +243,6 @@ def test_the_output_that_was_nearest_most_often_is_drawn(table):
         assert system.images_from_embeddings(codes).equal(system.draw(codes)[:, k])
 
 
-@pytest.mark.parametrize("model", ["text", "teacher", "sdn", "diverse", "gan-int-cls", "stackgan"])
-def test_half_precision_trains(model):
-    system, data = built(model, precision="bf16", calibrated=True, normalize=True, falling=True)
-    losses, phases = [], system.phases(data, data)
-    for phase in phases:
-        step = phase.step
-        phase.step = lambda batch, step=step: losses.append(step(batch)) or losses[-1]
-    Loop(system, phases, precision="bf16").fit()
-    assert len(losses) >= EPOCH and all(torch.isfinite(value) for each in losses for value in each.values())
-    assert all(value.isfinite().all() and value.dtype != torch.bfloat16 for value in system.state_dict().values())
-
-
 @pytest.mark.parametrize("text", ["words", "gru", "char-cnn-rnn"])
 def test_sentences_of_unknown_words_alone_are_read(text):
     system = Sdn(replace(SMOKE, model="image", text=text), Sdn.open_data(SMOKE, "birds", "train").vocabulary).eval()

@@ -14,7 +14,7 @@ from crossmodal.systems.experiments import resume, train
 from crossmodal.systems.selfsup import SELFSUP_PRESETS, WAYS, GanPhase, MmdPhase, PicturePhase, SelfSup, SelfSupConfig
 from crossmodal.training.checkpoint import latest_checkpoint
 from crossmodal.training.config import apply_preset, override
-from crossmodal.training.loop import Interrupted, Loop, StopOnSignal
+from crossmodal.training.loop import EarlyStop, Interrupted, Loop, Metrics, StopOnSignal
 from crossmodal.training.runs import RunError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,7 +109,8 @@ def test_bounded_critics_stay_bounded():
 
 def test_a_run_is_loaded_with_all_its_abilities(whole):
     system = crossmodal.load(whole.folder)
-    assert abilities(system) == ["embeds pictures", "embeds sentences", "sentence to picture", "picture to sentence", "embedding to picture"]
+    assert abilities(system) == ["embeds pictures", "embeds sentences", "sentence to picture", "picture to sentence", "embedding to picture",
+                                 "embedding to sentence", "embeds words"]
     texts = ["a small red bird with a long bill", "this bird is blue"]
     drawn = system.images_from_texts(texts)
     assert drawn.shape == (2, 3, 32, 32) and drawn.abs().max() <= 1
@@ -151,6 +152,17 @@ def test_pictures_without_captions_train_what_they_can(capsys):
     data.captions, data.lengths = data.captions[:0], data.lengths[:0]
     assert [phase.name for phase in system.phases(data, data)] == ["pictures"]
     assert "has no captions here" in capsys.readouterr().out
+
+
+def test_a_text_file_is_learned_to_its_end_where_no_caption_says_when_to_stop(tmp_path):
+    (tmp_path / "news.txt").write_text("a zeppelin crossed the channel .\nnobody saw it .\n")
+    system, _, data = tiny(text_file=str(tmp_path / "news.txt"), pretrain_epochs=3, text_patience=1)
+    data.captions, data.lengths = data.captions[:0], data.lengths[:0]
+    phase = system.phases(data, data)[1]
+    loop, ended = Loop(system, [phase], [metrics := Metrics(tmp_path), EarlyStop(metrics)]), []
+    phase.validate = lambda validate=phase.validate: ended.append(validate()) or ended[-1]
+    loop.fit()
+    assert ended == [{}] * 3 and system.texts.out.weight.isfinite().all()
 
 
 @pytest.mark.parametrize("step", [2, 7, 11, 15])               # pictures (6 steps), captions (4), gan (6), mmd (6)

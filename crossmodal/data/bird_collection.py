@@ -8,7 +8,8 @@ __all__ = ['CAPTIONS_VERSION', 'TRAIN_SPECIES', 'ATTRIBUTE_NAMES', 'Drawings', '
 
 # %% ../../nbs/data/15_bird_collection.ipynb #ca32ec0e
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -29,9 +30,10 @@ class Drawings:
     "Pictures that are drawn when they are read."
     birds: tuple[Bird, ...]
     side: int                                   # pixels
+    facing: str = ""                            # as `drawn_birds` was told
 
     def read(self, position: int) -> UInt8[np.ndarray, "side side 3"]: return draw_bird(self.birds[position], self.side)
-    def stamp(self, position: int) -> str: return f"drawing {DRAWING_VERSION} at {self.side}"
+    def stamp(self, position: int) -> str: return f"drawing {DRAWING_VERSION} at {self.side}" + (f", facing {self.facing}" if self.facing else "")
     def size(self, position: int) -> int: return 0
 
 # %% ../../nbs/data/15_bird_collection.ipynb #b18884d0
@@ -75,6 +77,7 @@ def drawn_birds(
     side: int = 76,                             # pixels; what a `Transform` calls its base
     per_species: int = 100,                     # pictures of each of the forty
     seed: int = 0,                              # other birds of the same species
+    facing: Literal["", "left", "right"] = "",  # where all of them look; empty: each its own way, which no caption tells
     progress: bool = True,
 ) -> Collection:
     "The drawn birds as a collection. Described once for each number of birds and seed (seconds), then read from the cache."
@@ -82,13 +85,14 @@ def drawn_birds(
     species = species_list()
     which = [(k, index) for k in range(len(species)) for index in range(per_species)]
     birds = [sample_bird(k, index, seed) for k, index in which]
-    key = {"drawing": DRAWING_VERSION, "captions": CAPTIONS_VERSION, "per_species": per_species, "seed": seed}
+    if facing: birds = [replace(bird, facing_left=facing == "left") for bird in birds]
+    key = {"drawing": DRAWING_VERSION, "captions": CAPTIONS_VERSION, "per_species": per_species, "seed": seed} | ({"facing": facing} if facing else {})
     write = lambda folder: (folder / "birds.json").write_text(json.dumps(describe_birds(birds, seed, progress)))
     said = json.loads((entry("birds", key, write) / "birds.json").read_text())
     classes = tuple(f"{k:03d}.{kind.name.replace(' ', '_')}" for k, kind in enumerate(species, start=1))
     pictures = [Picture(f"{classes[k]}/{index:04d}", _split(k, index), k, tuple(captions), tuple(value * side for value in box))
                 for (k, index), captions, box in zip(which, said["captions"], said["boxes"], strict=True)]
-    return Collection("birds", tuple(pictures), classes, Drawings(tuple(birds), side), ATTRIBUTE_NAMES, label_columns(np.array(said["labels"])),
+    return Collection("birds", tuple(pictures), classes, Drawings(tuple(birds), side, facing), ATTRIBUTE_NAMES, label_columns(np.array(said["labels"])),
                       class_disjoint=True, notes=(f"drawn: {per_species} birds of each of 40 species, seed {seed}",))
 
 

@@ -13,6 +13,7 @@ import mmap
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from .batch import UNREADABLE
 from .collection import Collection
 from .images import Transform, prepare
 
@@ -92,6 +94,12 @@ class PictureCache:
         if found != starts[-1]: raise OSError(f"{self.folder} is damaged: expected {starts[-1]} bytes of pictures, found {found}. Delete the folder.")
         return starts
 
+    @cached_property
+    def unreadable(self) -> dict[int, tuple[str, str]]:
+        "Name and fault of each picture that a black one stands in for, by position."
+        path = self.folder / "unreadable.json"
+        return {row["position"]: (row["name"], row["error"]) for row in json.loads(path.read_text())} if path.exists() else {}
+
     def __len__(self) -> int: return len(self.shapes)
 
     def read(self,
@@ -112,23 +120,34 @@ def write_pictures(
     folder: Path,                           # empty
     progress: bool = True,
 ):
-    "Decode, crop and resize all pictures of a collection into a folder. Those that cannot be read are named in one error at the end."
+    "Decode, crop and resize all pictures of a collection into a folder. Black ones stand in for a few that cannot be read; many are one error at the end."
     from tqdm.auto import tqdm
     def make(position: int) -> np.ndarray | OSError:
         try: return prepare(collection.pixels.read(position), collection.pictures[position].box, transform)
         except (OSError, ValueError) as error: return error
-    count, shapes, faults = len(collection.pictures), [], []
+    count, shapes, faults = len(collection.pictures), [], {}
+    black = np.zeros((transform.base, transform.base, 3), np.uint8)
     bar = tqdm(total=count, desc=f"caching {collection.name}", unit="picture", disable=not progress, mininterval=1, delay=3)
     with ThreadPoolExecutor(os.cpu_count()) as pool, open(folder / "pictures.bin", "wb") as file, bar:
         for start in range(0, count, BLOCK):
-            for made in pool.map(make, range(start, min(start + BLOCK, count))):
-                if isinstance(made, Exception): faults.append(made); continue
+            block = range(start, min(start + BLOCK, count))
+            for position, made in zip(block, pool.map(make, block)):
+                if isinstance(made, Exception): faults[position], made = made, black
                 shapes.append(made.shape[:2])
                 file.write(np.ascontiguousarray(made))
-            bar.update(min(BLOCK, count - start))
+            bar.update(len(block))
             if start == 0: _check_space(folder, file.tell(), count)
-    if faults: raise ValueError(f"{len(faults)} of {count} pictures of {collection.name} cannot be read; the first: {faults[0]}")
+    if faults: _note_faults(collection, faults, folder)
     np.save(folder / "shapes.npy", np.array(shapes, dtype=np.int32).reshape(-1, 2))
+
+
+def _note_faults(collection: Collection, faults: dict[int, Exception], folder: Path):
+    share, first = f"{len(faults)} of {len(collection.pictures)} pictures of {collection.name} cannot be read", next(iter(faults.values()))
+    if len(faults) > UNREADABLE * len(collection.pictures): raise ValueError(f"{share}; the first: {first}")
+    rows = [{"position": position, "name": collection.pictures[position].name, "error": str(error)} for position, error in faults.items()]
+    (folder / "unreadable.json").write_text(json.dumps(rows, indent=1))
+    some = ", ".join(row["name"] for row in rows[:10]) + (", ..." if len(rows) > 10 else "")
+    warnings.warn(f"{share}, and black ones stand in for them: {some}; the first: {first}", stacklevel=2)
 
 
 def _check_space(folder: Path, written: int, count: int):
@@ -141,7 +160,9 @@ def cached_pictures(
     transform: Transform,                   # only its box, its base and its squashing matter here
     progress: bool = True,
 ) -> PictureCache:
-    "The decoded pictures of a collection, from the cache; built first if need be."
+    "The decoded pictures of a collection, from the cache; built first if need be. A collection of captions alone is a ValueError."
+    if collection.pixels is None:
+        raise ValueError(f"{collection.name} has captions and no pictures, which are needed here: put them into its folder, or choose another dataset.")
     key = {"version": 1, "collection": collection.name, "fingerprint": collection.fingerprint, "stamps": collection.stamps,
            "box": transform.box, "base": transform.base, "squash": transform.squash}
     return PictureCache(entry(collection.name, key, lambda folder: write_pictures(collection, transform, folder, progress)))

@@ -187,7 +187,8 @@ class DoubleDigits:
     def _draw(self, rng: np.random.Generator):
         "Choose two pictures and two colours for every item."
         number = np.repeat(self.numbers, self.per_number)
-        rows, count = np.argsort(self.pool.labels, stable=True).numpy(), np.bincount(self.pool.labels, minlength=10)
+        labels = self.pool.labels.numpy()
+        rows, count = np.argsort(labels, stable=True), np.bincount(labels, minlength=10)
         pick = lambda digit: torch.from_numpy(rows[(np.cumsum(count) - count)[digit] + rng.integers(0, count[digit])])
         self.left, self.right = pick(number // 10), pick(number % 10)
         self.colours = torch.from_numpy(rng.integers(0, 3, size=(len(number), 2)))

@@ -35,6 +35,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from .collection import SPLITS, Collection, PictureFiles, Problem
+from .shards import ShardError, ShardPixels, shard_faults
 
 # %% ../../nbs/data/18_store.ipynb #1cb40400
 def readable_size(count: float) -> str:
@@ -686,7 +687,7 @@ def look(collection: Collection, position: int) -> tuple[str, str] | Problem:
             return Problem("truncated picture", name, "has no end marker: its last bytes are missing")
         return hashlib.blake2b(raw, digest_size=16).hexdigest() if raw else "", shown
     except FileNotFoundError: return Problem("missing picture", name, "is listed, and there is no such file")
-    except OSError as error: return Problem("unreadable picture", name, str(error))
+    except (OSError, ShardError) as error: return Problem("unreadable picture", name, str(error))
 
 
 def twins(collection: Collection, seen: dict[int, tuple[str, str]]) -> tuple[list[Problem], int]:
@@ -753,6 +754,7 @@ def check(
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
             found = list(tqdm(pool.map(lambda k: look(collection, k), everyone), total=len(everyone), desc="decoding", unit="picture", disable=None))
         faults += [one for one in found if isinstance(one, Problem)]
+        if isinstance(collection.pixels, ShardPixels): faults += shard_faults(collection)
         doubles, within = twins(collection, {k: one for k, one in enumerate(found) if not isinstance(one, Problem)})
         faults += doubles
         if within: notes.append(f"{within:,} pictures are there twice within their split")

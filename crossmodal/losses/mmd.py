@@ -27,7 +27,7 @@ def _pair(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> tuple[Float[Tenso
     for name, points in (("x", x), ("y", y)):
         if points.ndim != 2 or not len(points) or not points.is_floating_point():
             raise ValueError(f"{name} must be floats (points, coordinates) with at least one point, found {points.dtype}, {tuple(points.shape)}.")
-        if not torch.isfinite(points).all(): raise ValueError(f"{name} contains NaN or infinity: training has diverged, or its input was bad.")
+        if not torch.isfinite(points).all(): raise FloatingPointError(f"{name} contains NaN or infinity: training has diverged, or its input was bad.")
     if x.shape[1] != y.shape[1]: raise ValueError(f"points of {x.shape[1]} and of {y.shape[1]} coordinates have no distance: map one to the other's space.")
     kind = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     return x.to(kind), y.to(kind)

@@ -205,6 +205,7 @@ def aimcos(
     texts: Float[Tensor, "a d"],            # code of each attribute phrase or class word
     present: Bool[Tensor, "n a"],           # which texts are true of which picture
     over: str = "images",                   # the outer mean: "images" (CUB, eq. 17) or "texts" (COCO, CIFAR-100: classes)
+    known: Bool[Tensor, "n a"] | None = None,   # of which texts it is known whether they are true of which picture; None: of all
 ) -> Aimcos:
     "Mean cosine of pictures with the texts that are true of them (paper 001, eq. 17), and with the others. Items with nothing present are left out."
     present = present.detach().cpu().numpy() if isinstance(present, Tensor) else np.asarray(present)
@@ -212,10 +213,13 @@ def aimcos(
     if over not in ("images", "texts"): raise ValueError(f"over must be images or texts, found {over!r}.")
     cosines = cosine_similarity(images, texts).double().cpu().numpy()
     if present.shape != cosines.shape: raise ValueError(f"present must be {cosines.shape[0]} pictures x {cosines.shape[1]} texts, found {present.shape}.")
+    known = np.ones_like(present) if known is None else known.detach().cpu().numpy() if isinstance(known, Tensor) else np.asarray(known)
+    if known.dtype != bool or known.shape != present.shape or (present & ~known).any():
+        raise ValueError("known must be boolean, of present's shape, and true wherever present is.")
     if not present.any(): raise ValueError("no text is present in any picture: there is nothing to average.")
     shuffled = np.broadcast_to(cosines.mean(0, keepdims=True), cosines.shape)           # every picture is as likely in every place
-    if over == "texts": cosines, present, shuffled = cosines.T, present.T, shuffled.T
-    return Aimcos(_row_means(cosines, present), _row_means(cosines, ~present), float(np.nanmean(_row_means(shuffled, present))))
+    if over == "texts": cosines, present, known, shuffled = cosines.T, present.T, known.T, shuffled.T
+    return Aimcos(_row_means(cosines, present), _row_means(cosines, known & ~present), float(np.nanmean(_row_means(shuffled, present))))
 
 
 def class_presence(

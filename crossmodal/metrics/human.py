@@ -6,6 +6,7 @@
 __all__ = ['LEVELS', 'Opinion', 'mean_opinion', 'mean_rank', 'krippendorff_alpha', 'kendall_w', 'Agreement', 'agreement']
 
 # %% ../../nbs/metrics/08_human.ipynb #49556cc5
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,6 +154,7 @@ class Agreement:
     kendall_w: float | None                 # None: a rating is missing
     raters: int
     items: int                              # rated by two or more
+    groups: int                             # of items that belong together; as many as items if none do
     level: str
     chance: float = 0.                      # of alpha
 
@@ -163,21 +165,26 @@ class Agreement:
 def agreement(
     ratings: Float[np.ndarray, "k n"],      # raters x items; NaN where none was given
     level: str = "ordinal",                 # what marks are: nominal, ordinal or interval
+    groups: Sequence | None = None,         # what each item belongs to; None: to nothing
     draws: int = 500,
     seed: int = 0,
 ) -> Agreement:
-    "How far raters agree beyond chance."
+    "How far raters agree beyond chance. Items of a group are drawn together: what is said of one of them binds what is said of the next."
     import krippendorff
     table = _check_ratings(ratings)
     alpha = krippendorff_alpha(table, level)
     counts, marks = _counts(table)
-    if len(counts) < 2: raise ValueError("agreement needs two items that two people rated; with one there is no difference to agree on.")
+    if groups is not None and len(groups) != table.shape[1]: raise ValueError(f"{table.shape[1]} items need as many groups, found {len(groups)}.")
+    rated = (~np.isnan(table)).sum(0) > 1
+    members = np.unique(np.arange(table.shape[1]) if groups is None else np.asarray(groups), return_inverse=True)[1][rated]
+    together = [np.flatnonzero(members == k) for k in np.unique(members)]
+    if len(together) < 2: raise ValueError("agreement needs two items that two people rated, of two groups; with one there is no difference to agree on.")
     rng, found = np.random.default_rng(seed), []
     for _ in range(draws):
-        drawn = counts[rng.integers(0, len(counts), len(counts))]
+        drawn = counts[np.concatenate([together[k] for k in rng.integers(0, len(together), len(together))])]
         used = drawn.sum(0) > 0
         if used.sum() > 1: found.append(krippendorff.alpha(value_counts=drawn[:, used], value_domain=marks[used], level_of_measurement=level))
     low, high = np.quantile(found or [alpha], [.025, .975])
     complete = not np.isnan(table).any() and (table != table[:, :1]).any()
     raters = int((~np.isnan(table)).any(1).sum())
-    return Agreement(alpha, float(low), float(high), kendall_w(table) if complete else None, raters, len(counts), level)
+    return Agreement(alpha, float(low), float(high), kendall_w(table) if complete else None, raters, len(counts), len(together), level)

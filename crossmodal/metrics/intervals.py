@@ -22,6 +22,7 @@ class Estimate(NamedTuple):
 
 def bootstrap_mean(
     groups: Sequence[Sequence[float]],      # one list of item scores per seed
+    crossed: bool = False,                  # the k-th item is the same one in every group
     level: float = .95,                     # coverage of the interval
     draws: int = 4000,
     seed: int = 0,
@@ -30,10 +31,20 @@ def bootstrap_mean(
     groups = [np.asarray(group, dtype=np.float64) for group in groups]
     if not groups or any(group.size == 0 for group in groups): raise ValueError("every group needs at least one score.")
     if not all(np.isfinite(group).all() for group in groups): raise ValueError("a score is NaN or infinite.")
+    sizes, k = [group.size for group in groups], len(groups)
+    if crossed and len(set(sizes)) > 1: raise ValueError(f"crossed groups hold scores of the same items, found {sizes} of them: leave `crossed` out.")
     rng = np.random.default_rng(seed)
-    slots, each = np.arange(len(groups)), np.arange(draws)[:, None]
+    again = lambda size, *more: (rng.integers(0, size, size=(part, *more, size)) for part in _parts(draws, k * size))
     # item means for every (group, draw, slot), of which each draw then takes one group per slot
-    resampled = np.stack([group[rng.integers(0, group.size, size=(draws, len(groups), group.size))].mean(2) for group in groups])
-    means = resampled[rng.integers(0, len(groups), size=(draws, len(groups))), each, slots]
+    if crossed: resampled = np.concatenate([np.stack(groups)[:, items].mean(2) for items in again(sizes[0])], 1)[:, :, None].repeat(k, 2)
+    else: resampled = np.stack([np.concatenate([group[items].mean(2) for items in again(group.size, k)]) for group in groups])
+    means = resampled[rng.integers(0, k, size=(draws, k)), np.arange(draws)[:, None], np.arange(k)]
     low, high = np.quantile(means.mean(1), [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(np.mean([group.mean() for group in groups])), float(low), float(high), sum(group.size for group in groups))
+    return Estimate(float(np.mean([group.mean() for group in groups])), float(low), float(high), sum(sizes))
+
+
+def _parts(draws: int, each: int) -> list[int]:
+    "Draws in parts that hold some four million scores at once."
+    most = max(1, 2**22 // each)
+    return [min(most, draws - k) for k in range(0, draws, most)]
+

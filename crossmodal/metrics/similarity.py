@@ -262,7 +262,6 @@ def _congruency(luminance: Float[Tensor, "n h w"]) -> Float[Tensor, "n h w"]:
     filters, factor = _bank(*luminance.shape[1:], luminance.dtype, luminance.device)
     spectra = torch.fft.fft2(luminance - luminance[:, :1, :1])          # the filters ignore brightness; flat pictures become exactly zero
     compiled = luminance.device.type == "cpu" and luminance.dtype == torch.float32 and _compiled(_congruency_kernel)
-    compiled = luminance.device.type == "cpu" and luminance.dtype == torch.float32 and _compiled(_congruency_kernel)
     out, step = torch.empty_like(luminance), max(1, 2 ** 23 // filters.numel())
     for start in range(0, len(out), step):
         part = out[start:start + step]

@@ -48,6 +48,7 @@ BACKBONES = {
     "inception_v3": BackboneSpec("Inception_V3_Weights.IMAGENET1K_V1", ("flatten", "Mixed_6e.cat"), 2048, (768, 17), 299, SYMMETRIC, front=(768, 17)),
     "efficientnet_lite0": BackboneSpec("", ("", ""), 1280, (1280, 7), 224, SYMMETRIC, front=(112, 14)),
     "efficientnet_lite0_middle": BackboneSpec("", ("", ""), 6 * 6 * 80, (80, 14), 224, SYMMETRIC, grid=6),   # after half its blocks
+    "efficientnet_lite0_middle_colours": BackboneSpec("", ("", ""), 6 * 6 * (80 + 64), (80 + 64, 14), 224, SYMMETRIC, grid=6),    # told below
     "efficientnet_lite0_colours": BackboneSpec("", ("", ""), 1280 + 3 * 3 * 64, (112 + 64, 14), 224, SYMMETRIC, front=(112 + 64, 14)),     # told below
 }
 
@@ -95,6 +96,7 @@ class Backbone(nn.Module):
         self.register_buffer("std", std, persistent=False)
         if front: self.network = _halves(name, trained)[0]
         elif name == "efficientnet_lite0_middle": self.network = _first_blocks(_lite0(trained), 8)
+        elif name == "efficientnet_lite0_middle_colours": self.network = nn.Sequential(_BesideColours(_first_blocks(_lite0(trained), 8)), _Roots())
         elif name == "efficientnet_lite0_colours": self.network = _Joined(*_halves(name, trained))
         else: self.network = _lite0(trained) if name == "efficientnet_lite0" else _graph(_torchvision_network(name, self.spec, trained), self.spec)
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)         # a quarter faster
@@ -108,7 +110,7 @@ class Backbone(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"pictures are (b, 3, h, w) in [-1, 1], found shape {tuple(images.shape)}; grey ones are shown with images.expand(-1, 3, -1, -1).")
         if min(images.shape[2:]) < 8: raise ValueError(f"pictures of {images.shape[2]} x {images.shape[3]} pixels are too small: expected at least 8 a side.")
-        side = self.spec.side
+        images, side = images.float(), self.spec.side       # a CPU cannot shrink pictures in half precision
         if images.shape[2:] != (side, side): images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
         x = ((images + 1) / 2 - self.mean) / self.std
         found = self.network(x.contiguous(memory_format=torch.channels_last))
@@ -179,6 +181,11 @@ class _BesideColours(nn.Module):
         return torch.cat([maps, colour_shares(images, maps.shape[3])], 1)
 
 
+class _Roots(nn.Module):
+    "Maps, with the colours that lie behind them under a root."
+    def forward(self, maps): return torch.cat([maps[:, :-STEPS ** 3], maps[:, -STEPS ** 3:].sqrt()], 1)
+
+
 class _WithColours(nn.Module):
     "An end, and behind its vector the colours of 3 x 3 fields; under a root, which tells little from nothing."
     def __init__(self, end: nn.Module):
@@ -223,13 +230,13 @@ class BackboneEnd(nn.Module):
     def forward(self, maps: Float[Tensor, "b c k k"]) -> Float[Tensor, "b d"]: return self.layers(maps.contiguous(memory_format=torch.channels_last))
 
 # %% ../../nbs/models/03_backbones.ipynb #03d7a94e
-@lru_cache(maxsize=3)
+@lru_cache(maxsize=8)                       # several systems side by side ask for different ones
 def frozen_backbone(name: str, side: int, front: bool = False) -> Backbone:
     "A backbone that everybody shares. Building it throws no dice: else the first run of a process would differ from the next."
     with torch.random.fork_rng(devices=[]): return Backbone(name, side=side, front=front)
 
 
-@lru_cache(maxsize=3)
+@lru_cache
 def _frozen_fingerprint(name: str, side: int, front: bool) -> str:
     "Shared backbones never change, and to read all their weights takes longer than a step of some phases."
     return frozen_backbone(name, side, front).fingerprint()

@@ -33,11 +33,13 @@ class Normalize(nn.Module):
     @torch.no_grad()
     def fit(self,
         codes: Float[Tensor, "n d"],
+        least: float = 0.,                               # coordinates that move less than this share of the typical one count as still
     ) -> "Normalize":
-        "Take mean and (population) deviation from `codes`."
+        "Take mean and (population) deviation from `codes`. What does not move is left at scale 1."
         self.mean.copy_(codes.mean(0))
         std = codes.std(0, correction=0)
-        self.std.copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+        still = std <= max(1e-6, least * float(std.square().mean().sqrt()))
+        self.std.copy_(torch.where(still, torch.ones_like(std), std))
         return self
 
     def forward(self, codes: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]: return (codes - self.mean) / self.std

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..data.text import PAD, SPECIALS, Vocabulary, read_word_vectors
+from .recurrent import read_sentences
 
 # %% ../../nbs/models/06_text_autoencoder.ipynb #a3fd20f3
 def _choose(logits: Float[Tensor, "b words"]) -> Int[Tensor, "b"]:
@@ -53,11 +53,10 @@ class TextAutoencoder(nn.Module):
         pads_count: bool = False,               # as released: pads are zeros that take part in the maximum
     ) -> Float[Tensor, "b d"]:                  # in (-1, 1)
         "The largest value over time of each output of a bidirectional LSTM."
-        lengths = lengths.cpu()                 # packing wants them there
-        if (lengths < 1).any(): raise ValueError("a caption of length 0 has no code: leave out pictures without captions.")
-        outputs, _ = self.encoder(pack_padded_sequence(self.words(captions), lengths, batch_first=True, enforce_sorted=False))
-        outputs, _ = pad_packed_sequence(outputs, batch_first=True, padding_value=0. if pads_count else -torch.inf)
-        return outputs.amax(1)
+        outputs, _ = read_sentences(self.encoder, self.words(captions), lengths)
+        if pads_count: return outputs[:, :lengths.max()].amax(1)             # the zeros that are there
+        beyond = torch.arange(captions.shape[1], device=captions.device) >= lengths.to(captions.device)[:, None]
+        return outputs.masked_fill(beyond[:, :, None], -torch.inf).amax(1)
 
     def decode(self,
         codes: Float[Tensor, "b d"],

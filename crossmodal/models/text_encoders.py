@@ -8,9 +8,9 @@ __all__ = ['GruEncoder', 'LstmEncoder']
 # %% ../../nbs/models/10_text_encoders.ipynb #cc492abb
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..data.text import PAD
+from .recurrent import read_sentences
 
 # %% ../../nbs/models/10_text_encoders.ipynb #12925ce3
 class GruEncoder(nn.Module):
@@ -31,10 +31,7 @@ class GruEncoder(nn.Module):
         lengths: Int[Tensor, "b"],              # words of each sentence, at least one
     ) -> Float[Tensor, "b d"]:
         "One vector a sentence; what stands after its last word has no influence."
-        lengths = lengths.cpu()                 # packing wants them there
-        if (lengths < 1).any(): raise ValueError("a sentence without words has no code: leave out pictures without captions.")
-        _, state = self.gru(pack_padded_sequence(vectors, lengths, batch_first=True, enforce_sorted=False))
-        return self.project(state.transpose(0, 1).flatten(1))
+        return self.project(read_sentences(self.gru, vectors, lengths)[1])
 
 # %% ../../nbs/models/10_text_encoders.ipynb #7c8ab922
 class LstmEncoder(nn.Module):
@@ -56,8 +53,4 @@ class LstmEncoder(nn.Module):
         captions: Int[Tensor, "b t"],           # 0 = pad
     ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d"]]:       # of words, 0 at pads; of the sentences
         "Features of the words and of the sentence; pads have no influence."
-        lengths = (captions != PAD).sum(1).cpu()
-        if (lengths < 1).any(): raise ValueError("a sentence without words has no features: leave out pictures without captions.")
-        packed = pack_padded_sequence(self.dropout(self.words(captions)), lengths, batch_first=True, enforce_sorted=False)
-        features, (last, _) = self.lstm(packed)
-        return pad_packed_sequence(features, batch_first=True, total_length=captions.shape[1])[0], last.transpose(0, 1).flatten(1)
+        return read_sentences(self.lstm, self.dropout(self.words(captions)), (captions != PAD).sum(1))

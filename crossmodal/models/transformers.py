@@ -143,7 +143,8 @@ class TransformerEncoder(nn.Module):
     ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d"]]:      # of words, 0 at pads; of the sentences
         "Features of the words and of the sentence."
         real = captions != PAD
-        if not real.any(1).all(): raise ValueError("a sentence without words has no features: leave out pictures without captions.")
+        if not torch.compiler.is_compiling() and not real.any(1).all():
+            raise ValueError("a sentence without words has no features: leave out pictures without captions.")
         x = self.project(self.words(captions))
         x = self.dropout(x + sinusoids(torch.arange(x.shape[1], device=x.device), x.shape[2]))
         for layer in self.layers: x = layer(x, real=real if self.mask_pads else None)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ABILITIES', 'Score', 'System', 'fidelity_scores', 'marks_score', 'recall_scores', 'caption_figures', 'pictures_of',
            'written_scores', 'drawn_scores', 'EmbedsImages', 'EmbedsTexts', 'DrawsTexts', 'DescribesImages',
-           'DrawsEmbeddings', 'abilities']
+           'DrawsEmbeddings', 'WritesEmbeddings', 'EmbedsSpeech', 'EmbedsWords', 'AttendsRegions', 'ScoresPairs',
+           'abilities']
 
 # %% ../../nbs/systems/00_base.ipynb #d46f76f8
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..data.bird_collection import label_positions
@@ -25,6 +26,7 @@ from ..metrics.captions import CaptionScores, caption_scores
 from ..metrics.fidelity import backbone_extractor, fidelity
 from ..metrics.retrieval import Ranks, retrieval_report
 from ..models.backbones import BACKBONES, frozen_backbone
+from .sharing import Shared
 from ..training.config import Config, Presets
 from ..training.loop import Phase
 
@@ -37,8 +39,12 @@ class Score:
     chance: float | None = None             # what the same measure gives to a system that ignores its input
     n: int | None = None                    # items behind each value, where a value is of many at once (FID, BLEU)
 
+    def stored(self) -> dict[str, Any]:
+        "As a record keeps it."
+        return vars(self) | {"values": [round(value, 4) for value in self.values]}
 
-class System(nn.Module):
+
+class System(Shared, nn.Module):
     "What a paper's system offers to the loop and to the tables. Subclasses are built from a configuration and a vocabulary alone."
     title: ClassVar[str]                    # one line for listings
     home: ClassVar[str] = "birds"           # the data that it is trained on if nothing is said; needs no download
@@ -58,6 +64,12 @@ class System(nn.Module):
     ) -> CaptionedImages:
         "The split of a dataset as this system wants it."
         return open_dataset(data, split, **({"vocabulary": vocabulary} if vocabulary else {}))
+
+    def word_numbers(self, words: Sequence[str]) -> Int[Tensor, "b"]:
+        "The numbers of single words; one that was not learned is a `ValueError`, also where sentences may hold it as `<unk>`."
+        strange = [word for word in words if word not in self.vocabulary.numbers]
+        if strange: raise ValueError(f"{strange[0]!r} is none of the {len(self.vocabulary.words)} words of this system, such as {self.vocabulary.words[-1]!r}.")
+        return torch.tensor([self.vocabulary.numbers[word] for word in words])
 
     @classmethod
     def stands_on(cls, config: Config) -> list[Config]:
@@ -190,8 +202,39 @@ class DrawsEmbeddings(Protocol):
     def images_from_embeddings(self, embeddings: Float[Tensor, "b d"]) -> Float[Tensor, "b c h w"]: ...
 
 
+@runtime_checkable
+class WritesEmbeddings(Protocol):
+    "Points of its embedding space to sentences."
+    def texts_from_embeddings(self, embeddings: Float[Tensor, "b d"]) -> list[str]: ...
+
+
+@runtime_checkable
+class EmbedsSpeech(Protocol):
+    "Spoken sentences, a vector for each word, to points of its embedding space."
+    def embed_speech(self, speech: Float[Tensor, "b t 13"]) -> Float[Tensor, "b d"]: ...
+
+
+@runtime_checkable
+class EmbedsWords(Protocol):
+    "Single words to the vectors of its own table; a word that is not in it is a `ValueError`."
+    def embed_words(self, words: Sequence[str]) -> Float[Tensor, "b d"]: ...
+
+
+@runtime_checkable
+class AttendsRegions(Protocol):
+    "How much each word of a sentence looks at each region of its picture, and the words."
+    def attend(self, images: Float[Tensor, "b c h w"], texts: Sequence[str]) -> tuple[Float[Tensor, "b t k k"], list[list[str]]]: ...
+
+
+@runtime_checkable
+class ScoresPairs(Protocol):
+    "Its own score of every picture with every sentence, from their points. The points of other systems are compared by their cosine."
+    def similarity(self, images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]: ...
+
+
 ABILITIES = {"embeds pictures": EmbedsImages, "embeds sentences": EmbedsTexts, "sentence to picture": DrawsTexts, "picture to sentence": DescribesImages,
-             "embedding to picture": DrawsEmbeddings}
+             "embedding to picture": DrawsEmbeddings, "embedding to sentence": WritesEmbeddings, "embeds speech": EmbedsSpeech, "embeds words": EmbedsWords,
+             "words over regions": AttendsRegions, "scores pairs": ScoresPairs}
 
 
 def abilities(system: type | Any) -> list[str]:

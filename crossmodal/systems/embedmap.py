@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.batch import Batch, BatchDataset
-from ..data.captioned import open_dataset
+from ..data.captioned import DATASETS, find_folder, is_mnist, open_dataset
 from ..data.digits import DoubleDigits, class_captions, class_names
 from ..data.speech import Recordings, open_speech
 from ..data.text import Vocabulary, word_vectors
@@ -157,6 +157,8 @@ class NamedDigits(System):
 
     @classmethod
     def open_data(cls, config, data, split, vocabulary=None):          # numbers have the same names everywhere
+        if data not in ("digits", "mnist") and (data in DATASETS or not is_mnist(find_folder(data))):
+            raise ValueError(f"{data!r} has no handwritten digits, and this system draws nothing else: expected digits, mnist or a folder with MNIST's files.")
         per_number = config.per_number
         if split == "val": per_number = max(2, (per_number or 1000) // 10)
         return open_dataset(data, split, colour=config.colour, seed=config.seed, per_number=per_number)
@@ -176,6 +178,10 @@ class NamedDigits(System):
             wrong = texts[int((lengths != self.length).nonzero()[0])]
             raise ValueError(f"{wrong!r}: expected {self.length} words, such as {'red seven blue five' if self.length == 4 else 'seven five'!r}.")
         return captions.to(self.mean_picture.device)
+
+    def embed_words(self, words: Sequence[str]) -> Float[Tensor, "b 13"]:
+        "Vectors of single words, before they are normalised. They were given, not learned."
+        return self.names["text"].table[self.word_numbers(words) - 1, 0]
 
     def images_from_texts(self, texts: Sequence[str]) -> Float[Tensor, "b c 28 56"]:
         "Draw what the names say; pictures in [-1, 1]."
@@ -343,12 +349,22 @@ class EmbedMap(NamedDigits):
     @torch.no_grad()
     def embed_images(self, images: Float[Tensor, "b c 28 56"]) -> Float[Tensor, "b 100"]:
         "$l_x$ of pictures in [-1, 1]."
-        return self.normalize(self.autoencoder.encode(images))
+        return self.normalize(self.autoencoder.encode(images.to(self.mean_picture.device)))
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b 100"]:
         "$l_y$ of names."
-        return self.names["text"].encoder(self.names["text"].vectors(self.captions(texts)))
+        return self.embed_numbers(*self.number(texts))
+
+    def number(self, texts: Sequence[str]) -> tuple[Int[Tensor, "b t"]]: return (self.captions(texts),)
+
+    def embed_numbers(self, captions: Int[Tensor, "b t"]) -> Float[Tensor, "b 100"]: return self.names["text"].encoder(self.names["text"].vectors(captions))
+
+    @torch.no_grad()
+    def embed_speech(self, speech: Float[Tensor, "b t 13"]) -> Float[Tensor, "b 100"]:
+        "$l_y$ of spoken names: MFCC vectors, one per word."
+        names = self.names["speech"]
+        return names.encoder(names.scale(speech.to(self.mean_picture).flatten(1)))
 
     @torch.no_grad()
     def images_from_embeddings(self, embeddings: Float[Tensor, "b 100"]) -> Float[Tensor, "b c 28 56"]:

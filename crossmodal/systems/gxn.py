@@ -39,6 +39,7 @@ from ..models.text_encoders import GruEncoder
 from .base import Score, System, caption_figures, drawn_scores, pictures_of, recall_scores, written_scores
 from ..training.config import Changed, Config, Count, Patience, Rate, Share, Weight
 from ..training.loop import Phase
+from ..training.processes import SINGLE, Group
 
 # %% ../../nbs/systems/03_gxn.ipynb #972c1153
 Eye = Literal["resnet152", "resnet50", "vgg19", "efficientnet_lite0", "efficientnet_lite0_colours"]
@@ -88,7 +89,7 @@ class GxnConfig(Config):
     draw_batch: Count = 64                  # in those epochs: Reed et al.'s
     picture_epochs: Count = 15
     joint_epochs: Count = 15
-    sampled: Share = .25                    # most of the words that scheduled sampling replaces: 5 % more each fifth of the epochs
+    sampled: Share = .25                    # most of the words that scheduled sampling replaces: none in the first fifth of the epochs, all of it in the last
     gamma_first: Share = .05                # eq. 7, over the epochs of the phase
     gamma_last: Share = .95
     shown: Literal["input", "state"] = "input"      # how the writer is shown v_l: as its first input, or as its state before the first word
@@ -231,10 +232,16 @@ class Matcher(nn.Module):
         "One code of the branches' codes, whose score is eq. 3's."
         return codes[0] if len(codes) == 1 else join(*codes, self.config.balance)
 
-    def loss(self, vectors: Float[Tensor, "b w"], captions: Int[Tensor, "b t"], lengths: Int[Tensor, "b"], described: Bool[Tensor, "b b"]) -> Float[Tensor, ""]:
+    def loss(self,
+        vectors: Float[Tensor, "b w"],
+        captions: Int[Tensor, "b t"],
+        lengths: Int[Tensor, "b"],
+        described: Bool[Tensor, "n n"],     # of the whole batch
+        group: Group = SINGLE,              # who holds the rest of it
+    ) -> Float[Tensor, ""]:
         "Eq. 3 (eq. 2 if there is one branch)."
-        images = self.joined([self.images(vectors, branch) for branch in self.see])
-        texts = self.joined([self.texts(captions, lengths, branch) for branch in self.read])
+        images = group.everyone(self.joined([self.images(vectors, branch) for branch in self.see]))
+        texts = group.everyone(self.joined([self.texts(captions, lengths, branch) for branch in self.read]))
         scores = cosine_scores(images, texts) if self.config.similarity == "cosine" else order_scores(images, texts, self.config.reverse)
         return ranking_loss(scores, described, self.config.margin, self.config.hardest)
 
@@ -265,14 +272,15 @@ def judge_loss(
     real: Float[Tensor, "b 3 h w"],
     drawn: Float[Tensor, "b 3 h w"],
     texts: Float[Tensor, "b d"],
-    wrong: Int[Tensor, "b"],                    # for each picture, the row of a sentence that is not its own
-    usable: Bool[Tensor, "b"],                  # whether there is one
+    wrong: Float[Tensor, "b d"],                # for each picture, a sentence that is not its own
+    usable: Bool[Tensor, "n"],                  # whether it does not describe the picture all the same; of the whole batch
+    group: Group = SINGLE,
 ) -> Float[Tensor, ""]:
     "Eq. 11, negated: it is printed as a log-likelihood, to be made large."
     texts, features = texts.detach(), judge.features(real)
     loss = real_loss(judge.judge(features, texts)) + config.fake_weight * fake_loss(judge(drawn.detach(), texts))
-    if usable.any(): loss = loss + config.wrong_weight * fake_loss(judge.judge(features[usable], texts[wrong[usable]]))
-    return loss
+    doubted = group.everyone(judge.judge(features, wrong.detach()))
+    return loss + config.wrong_weight * fake_loss(doubted[usable]) if usable.any() else loss
 
 
 def painter_loss(
@@ -327,8 +335,8 @@ class GxnPhase(Phase):
         self.set_rates()
         optimizers, losses = list(self.optimizers), {}
         match = optimizers.pop(0) if self.matches else None
-        self.owners = self.train.picture_of[batch.ids.cpu().numpy()]
-        self.described = described(self.train.said[self.owners], self.train.sentences[batch.ids.cpu()]).to(batch.ids.device)
+        self.owners, everyone = self.train.picture_of[batch.ids.cpu().numpy()], self.group.everyone(batch.ids).cpu()
+        self.described = described(self.train.said[self.train.picture_of[everyone.numpy()]], self.train.sentences[everyone]).to(batch.ids.device)
         self.look(len(batch), batch.ids.device)
         if self.writes:
             losses |= self.imagine_caption(batch, optimizers.pop(0))
@@ -354,14 +362,15 @@ class GxnPhase(Phase):
     def learn_match(self, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         "Eq. 3."
         with self.accelerator.autocast():
-            loss = self.system.matcher.loss(self.image_vectors(), batch.captions, batch.lengths, self.described)
+            loss = self.system.matcher.loss(self.image_vectors(), batch.captions, batch.lengths, self.described, self.group)
         self.minimize(loss, optimizer, self.config.clip)
         return {"loss": loss}
 
     def imagine_caption(self, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         "Eqs. 4 to 7. The weight of the reward rises by epoch, as does the share of sampled words."
         writer, epoch, config = self.system.writer, self.train.epoch, self.config
-        share = 0. if self.rewarded else config.sampled * int(5 * epoch / self.epochs) / 5
+        fifth = 4 if self.rewarded else int(5 * epoch / self.epochs)           # the rewarded writer has learned to write
+        share = config.sampled * fifth / 4
         with self.accelerator.autocast():
             codes = self.system.matcher.images(self.image_vectors(), "low")
             losses = {"words": caption_loss(writer(codes, batch.captions, 1 - share), batch.captions[:, 1:])}
@@ -387,13 +396,13 @@ class GxnPhase(Phase):
     def imagine_picture(self, batch: Batch, of_judge: torch.optim.Optimizer, of_painter: torch.optim.Optimizer) -> dict[str, Tensor]:
         "Eqs. 11 and 12."
         system, real = self.system, batch.images
-        wrong = torch.arange(len(batch), device=real.device).roll(1)
-        usable = ~self.described[torch.arange(len(batch), device=real.device), wrong]
+        rows = torch.arange(len(self.described), device=real.device)
+        usable = ~self.described[rows, rows.roll(1)]
         with self.accelerator.autocast(), torch.set_grad_enabled(self.matches):
             texts = system.matcher.texts(batch.captions, batch.lengths, "low")
         with self.accelerator.autocast():
             drawn, divergence = system.painter(texts)
-            loss = judge_loss(self.config, system.judge, real, drawn, texts, wrong, usable)
+            loss = judge_loss(self.config, system.judge, real, drawn, texts, self.group.neighbours(texts.detach()), usable, self.group)
         self.minimize(loss, of_judge, self.config.clip)
         system.judge.requires_grad_(False)
         with self.accelerator.autocast(): terms = painter_loss(self.config, system.judge, drawn, texts, divergence, real)
@@ -493,8 +502,15 @@ class Gxn(System):
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b d"]:
         "Codes of sentences: both branches, joined."
-        numbered = self.number(texts)
-        return self.matcher.joined([self.matcher.texts(*numbered, branch) for branch in self.matcher.read])
+        return self.embed_numbers(*self.number(texts))
+
+    def embed_numbers(self, captions: Int[Tensor, "b t"], lengths: Int[Tensor, "b"]) -> Float[Tensor, "b d"]:
+        return self.matcher.joined([self.matcher.texts(captions, lengths, branch) for branch in self.matcher.read])
+
+    @torch.no_grad()
+    def embed_words(self, words: Sequence[str]) -> Float[Tensor, "b w"]:
+        "Rows of $W_e$ (the paper's Figure 6)."
+        return self.matcher.words.weight[self.word_numbers(words)]
 
     @torch.no_grad()
     def describe(self, vectors: Float[Tensor, "b w"]) -> list[str]:

@@ -6,7 +6,7 @@
 __all__ = ['Model', 'STANDS_ON', 'RESTS', 'DRAWS', 'WRITES', 'JOINT', 'LITE', 'LAVITER_PRESETS', 'LaviterConfig', 'Said', 'bare',
            'framed', 'heard', 'matching', 'Align', 'low_to_high', 'judges_loss', 'painter_loss', 'Draw', 'Write',
            'Joint', 'Laviter', 'looked_at', 'see_split', 'split_codes', 'describe_split', 'alignment_scores',
-           'what_is_true', 'generation_scores']
+           'short_texts', 'what_is_true', 'generation_scores']
 
 # %% ../../nbs/systems/04_laviter.ipynb #a9053205
 import shutil
@@ -26,9 +26,9 @@ from ..data.cache import cached_pictures
 from ..data.captioned import CollectionSplit, open_dataset
 from ..data.coco import class_words
 from ..data.images import Transform, present
-from ..data.text import END, PAD, SPECIALS, START, Vocabulary, shorten
+from ..data.text import END, PAD, SPECIALS, START, UNKNOWN, Vocabulary, shorten
 from ..losses.adversarial import generator_loss, pair_judge_loss
-from ..losses.matching import sentence_matching_loss, word_matching_loss, word_region_attention
+from ..losses.matching import matching_loss, sentence_matching_loss, word_region_attention, word_scores
 from ..losses.sequence import caption_loss
 from ..losses.variational import kl_to_standard_normal
 from ..metrics.alignment import aimcos, class_presence, distractors, r_precision
@@ -38,7 +38,7 @@ from ..models.attention_gan import AttentionGenerator
 from ..models.backbones import backbone_features
 from ..models.blocks import initialize
 from ..models.image_encoders import ImageEncoder, Seen
-from ..models.stackgan import ConditioningAugmentation, StackDiscriminator
+from ..models.stackgan import ConditioningAugmentation, StackDiscriminator, Verdict
 from ..models.text_autoencoder import initial_vectors
 from ..models.text_encoders import LstmEncoder
 from ..models.transformer_captioner import TransformerCaptioner
@@ -46,6 +46,7 @@ from ..models.transformers import TransformerEncoder
 from .base import Score, System, drawn_scores, pictures_of, recall_scores, written_scores
 from ..training.config import Changed, Config, Count, Patience, Rate, Share, Weight
 from ..training.loop import Phase
+from ..training.processes import SINGLE, Group
 
 # %% ../../nbs/systems/04_laviter.ipynb #fd1e81a3
 Model = Literal["vta", "damsm", "tim", "itm", "vta-frozen", "vta-trainable", "img2txt", "txt2img", "full"]
@@ -69,7 +70,7 @@ class LaviterConfig(Config):
     standardize: bool = False               # bring the backbone's numbers to mean 0 and deviation 1 before they are projected; the paper does not
     width: Count = 256                      # D, of regions, words, vectors and sentences
     longest: Count = 15                     # words of a caption, of which more are cut off
-    longer: Literal["truncate", "subset"] = "truncate"      # "subset": a random part of its words, in order (released code)
+    longer: Literal["truncate", "subset"] = "truncate"      # "subset": a random part of its words, in order (released code); in training only
     rare: Count = 1                         # words that occur less often become <unk>
     word_vectors: str = ""                  # a file in GloVe's format; empty: random vectors (released code: BERT's, which the paper does not mention)
     word: Count = 256                       # width of a word's vector; with a file, the file's
@@ -94,7 +95,7 @@ class LaviterConfig(Config):
     write_drop: Patience = 20               # epochs after which the writer's rate is a tenth; 0: never
     joint_rate: Rate = 1e-6                 # "a small learning rate of", the number is lost in our text; released code
     weight_decay: Weight = 1e-4             # of Adam, in all that is no painter or judge
-    clip: Weight = .25                      # length of the encoders' gradient (released code)
+    clip: Weight = .25                      # length of the encoders' gradient (released code), of the writer's; in phase 3 of all of them and the painter's
     align_epochs: Count = 600               # no number of epochs is in the paper; AttnGAN's for CUB
     draw_epochs: Count = 600
     write_epochs: Count = 30                # the captioner's on which the paper builds
@@ -112,7 +113,7 @@ class LaviterConfig(Config):
     generator_width: Count = 32
     discriminator_width: Count = 64
     residuals: Count = 2
-    mismatched: bool = True                 # judges also see true pictures with others' sentences (AttnGAN's code); False: eq. 10 as printed
+    mismatched: bool = True                 # judges also see true pictures with others' sentences (AttnGAN's code); False: eq. 10 as AttnGAN prints it
     writer_layers: Count = 6                # of its encoder, and of its decoder
     writer_feed: Count = 2048
     writer_dropout: Share = .1
@@ -222,11 +223,13 @@ def matching(
     seen: Seen,
     said: Said,
     classes: Int[Tensor, "b"],
+    group: Group = SINGLE,                  # who holds the rest of the batch
 ) -> Float[Tensor, ""]:
-    "Eq. 8."
-    classes = classes if config.same_class else None
-    words = word_matching_loss(seen.regions.flatten(2), said.words, said.lengths, classes, (config.gamma1, config.gamma2, config.gamma3), root=config.root)
-    return words + sentence_matching_loss(seen.vector, said.sentence, classes, config.gamma3)
+    "Eq. 8. Each process looks at everyone's pictures with its own captions; the scores of all make the loss."
+    classes = group.everyone(classes) if config.same_class else None
+    scores = word_scores(group.everyone(seen.regions.flatten(2)), said.words, said.lengths, config.gamma1, config.gamma2, config.root)
+    words = matching_loss(config.gamma3 * group.everyone(scores.T).T, classes)
+    return words + sentence_matching_loss(group.everyone(seen.vector), group.everyone(said.sentence), classes, config.gamma3)
 
 # %% ../../nbs/systems/04_laviter.ipynb #d942304d
 class _LaviterPhase(Phase):
@@ -245,10 +248,12 @@ class _LaviterPhase(Phase):
         words, lengths = bare(batch.captions, batch.lengths)
         return shorten(words, lengths, self.config.longest, self.config.longer, address=(self.train.seed, "words", self.train.epoch, batch.ids))
 
-    def adam_of(self, *modules: nn.Module, rate: float) -> torch.optim.Optimizer:
-        "Adam with the paper's weight decay, over what learns in these modules."
-        weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
-        optimizer = torch.optim.Adam(weights, rate, weight_decay=self.config.weight_decay)
+    def adam_of(self, *modules: nn.Module, rate: float, painter: Sequence[nn.Module] = ()) -> torch.optim.Optimizer:
+        "Adam with the paper's weight decay, over what learns in these modules; and over a painter, without it."
+        weights = lambda modules: [weight for module in modules for weight in module.parameters() if weight.requires_grad]
+        groups = [{"params": weights(modules), "weight_decay": self.config.weight_decay}]
+        if painter: groups.append({"params": weights(painter), "betas": (.5, .999)})
+        optimizer = torch.optim.Adam(groups, rate)
         return self.accelerator.prepare_optimizer(optimizer) if self.accelerator.scaler else optimizer
 
     def validate(self):
@@ -279,7 +284,7 @@ class Align(_LaviterPhase):
 
     def step(self, batch):
         batch = at_least_two(batch, self.train)
-        with self.accelerator.autocast(): loss = matching(self.config, self.see(batch), self.system.hear(*self.read(batch)), batch.classes)
+        with self.accelerator.autocast(): loss = matching(self.config, self.see(batch), self.system.hear(*self.read(batch)), batch.classes, self.group)
         self.minimize(loss, *self.optimizers, clip=self.config.clip)
         return {"loss": loss.detach()}
 
@@ -295,14 +300,17 @@ def judges_loss(
     drawn: tuple[Float[Tensor, "b 3 h w"], ...],
     sentences: Float[Tensor, "b d"],
     classes: Int[Tensor, "b"],
+    group: Group = SINGLE,
 ) -> Float[Tensor, ""]:
-    "Eq. 10, summed over the sizes."
-    sentences, total = sentences.detach(), 0.
-    other = classes != classes.roll(1)                       # a neighbour's sentence, where the neighbour is of another class
+    "Eq. 10 as AttnGAN prints it, summed over the sizes; with others' sentences beside, if `mismatched`."
+    sentences, total, mismatched = sentences.detach(), 0., system.config.mismatched
+    neighbours, everyone = group.neighbours(sentences), group.everyone(classes)
+    other = everyone != everyone.roll(1) if mismatched else None                # a neighbour's sentence, where the neighbour is of another class
+    whole = lambda verdict: Verdict(*map(group.everyone, verdict))
     for judge, true, fake in zip(system.judges, real, drawn):
         features = judge.features(true)
-        wrong = judge.judge(features, sentences.roll(1, 0)) if system.config.mismatched else None
-        total = total + pair_judge_loss(judge.judge(features, sentences), judge(fake.detach(), sentences), wrong, other if system.config.mismatched else None)
+        wrong = whole(judge.judge(features, neighbours)) if mismatched else None
+        total = total + pair_judge_loss(whole(judge.judge(features, sentences)), whole(judge(fake.detach(), sentences)), wrong, other)
     return total
 
 
@@ -313,7 +321,7 @@ def painter_loss(
     sentences: Float[Tensor, "b d"],
     divergence: Float[Tensor, "b"],
 ) -> Float[Tensor, ""]:
-    "Eq. 9, summed over the sizes; the divergence of the sentence's cloud; and, where asked for, the squared error."
+    "Eq. 9 without its halves, as released, summed over the sizes; the divergence of the sentence's cloud; and, where asked for, the squared error."
     config, total = system.config, 0.
     for judge, fake, true in zip(system.judges, drawn, real):
         total = total + generator_loss(judge(fake, sentences))
@@ -338,12 +346,13 @@ class Draw(_LaviterPhase):
         with torch.no_grad(), self.accelerator.autocast(): said = system.hear(*self.read(batch))
         with self.accelerator.autocast():
             drawn, divergence, _ = system.paint(said)
-            judged = judges_loss(system, real, drawn, said.sentence, batch.classes)
+            judged = judges_loss(system, real, drawn, said.sentence, batch.classes, self.group)
         self.minimize(judged, self.optimizers[0])
         system.judges.requires_grad_(False)
         with self.accelerator.autocast():
             losses = {"painter": painter_loss(system, drawn, real, said.sentence, divergence)}
-            if self.config.match_weight: losses["match of drawn"] = matching(self.config, system.image(system.image.front(drawn[-1])), said, batch.classes)
+            if self.config.match_weight:
+                losses["match of drawn"] = matching(self.config, system.image(system.image.front(drawn[-1])), said, batch.classes, self.group)
         self.minimize(losses["painter"] + self.config.match_weight * losses.get("match of drawn", 0.), self.optimizers[1])         # eq. 11
         system.judges.requires_grad_(True)
         return {name: value.detach() for name, value in ({"judges": judged} | losses).items()}
@@ -375,8 +384,8 @@ class Joint(_LaviterPhase):
         system, config = self.system, self.config
         system.text.requires_grad_(True)
         for layer in (system.image.region, system.image.vector): layer.requires_grad_(True)
-        learners = [getattr(system, name) for name in ("image", "text", "writer", "augmentation", "generator") if hasattr(system, name)]
-        self.optimizers = (self.adam_of(*learners, rate=config.joint_rate),)
+        parts = lambda *names: [getattr(system, name) for name in names if hasattr(system, name)]
+        self.optimizers = (self.adam_of(*parts("image", "text", "writer"), rate=config.joint_rate, painter=parts("augmentation", "generator")),)
         if config.model in DRAWS: self.optimizers += (self.adam(system.judges, config.joint_rate, (.5, .999)),)
         return self.train
 
@@ -385,20 +394,21 @@ class Joint(_LaviterPhase):
         words, lengths = self.read(batch)
         with self.accelerator.autocast():
             seen, said = self.see(batch), system.hear(words, lengths)
-            terms = {"true pairs": (config.weight_rr, matching(config, seen, said, batch.classes))}
+            terms = {"true pairs": (config.weight_rr, matching(config, seen, said, batch.classes, self.group))}
             if config.model in WRITES: terms |= self.let_write(seen, words, lengths, batch)
         logged = {}
         if config.model in DRAWS:
             real = low_to_high(batch.images)
             with self.accelerator.autocast():
                 drawn, divergence, _ = system.paint(said)
-                judged = judges_loss(system, real, drawn, said.sentence, batch.classes)
+                judged = judges_loss(system, real, drawn, said.sentence, batch.classes, self.group)
             self.minimize(judged, self.optimizers[1])
             logged["judges"] = judged
             system.judges.requires_grad_(False)
             with self.accelerator.autocast():
                 terms["painter"] = (config.weight_gen, painter_loss(system, drawn, real, said.sentence, divergence))
-                terms["drawn picture"] = (config.weight_fi, matching(config, system.image(system.image.front(drawn[-1])), said, batch.classes))
+                seen = system.image(system.image.front(drawn[-1]))
+                terms["drawn picture"] = (config.weight_fi, matching(config, seen, said, batch.classes, self.group))
         loss = sum(weight * value for weight, value in terms.values())
         self.minimize(loss, self.optimizers[0], clip=config.clip)
         if config.model in DRAWS: system.judges.requires_grad_(True)
@@ -414,7 +424,7 @@ class Joint(_LaviterPhase):
         if config.said == "forced": written = written.masked_fill(captions[:, 1:] == PAD, PAD)
         fake = system.hear(*heard(written[:, :config.longest], system.numbers[END]))
         return {"words": (config.weight_cap, caption_loss(logits, captions[:, 1:])),
-                "written sentence": (config.weight_ft, matching(config, seen, fake, batch.classes))}
+                "written sentence": (config.weight_ft, matching(config, seen, fake, batch.classes, self.group))}
 
 # %% ../../nbs/systems/04_laviter.ipynb #8059a437
 class Laviter(System):
@@ -474,7 +484,8 @@ class Laviter(System):
         return [Joint(self, "together", config.joint_epochs, config.joint_batch, train, val)]
 
     def hear(self, words: Int[Tensor, "b t"], lengths: Int[Tensor, "b"]) -> Said:
-        "Sentences without frame to the joint space."
+        "Sentences without frame to the joint space. Where pads count, all have as many: else a code would depend on the longest sentence beside it."
+        if not self.config.mask_pads: words = F.pad(words, (0, self.config.longest - words.shape[1]), value=PAD)
         return Said(*self.text(words), lengths)
 
     def framed(self, words: Int[Tensor, "b t"], lengths: Int[Tensor, "b"]) -> Int[Tensor, "b u"]:
@@ -491,9 +502,14 @@ class Laviter(System):
 
     def listen(self, texts: Sequence[str]) -> Said:
         "Sentences of anybody; words that are not known are `<unk>`."
+        return self.hear(*self.number(texts))
+
+    def number(self, texts: Sequence[str]) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b"]]:
         words, lengths = shorten(*bare(*self.vocabulary.encode(texts)), self.config.longest)
         device = self.image.vector.weight.device
-        return self.hear(words.to(device), lengths.to(device))
+        return words.to(device), lengths.to(device)
+
+    def embed_numbers(self, words: Int[Tensor, "b t"], lengths: Int[Tensor, "b"]) -> Float[Tensor, "b d"]: return self.hear(words, lengths).sentence
 
     def look(self, images: Float[Tensor, "b 3 h w"]) -> Seen:
         "Pictures of anybody, in [-1, 1], of any size."
@@ -508,6 +524,11 @@ class Laviter(System):
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b d"]:
         "Vectors of sentences, or of single words."
         return self.listen(texts).sentence
+
+    @torch.no_grad()
+    def embed_words(self, words: Sequence[str]) -> Float[Tensor, "b w"]:
+        "Vectors of single words, as the text encoder is given them. `embed_texts` places the same words among the pictures."
+        return self.text.words.weight[self.word_numbers(words)]
 
     @torch.no_grad()
     def describe(self, seen: Seen) -> list[str]:
@@ -602,21 +623,32 @@ def alignment_scores(
             found = r_precision(images[owners], texts, table, top)
             per_picture = np.bincount(owners.numpy(), weights=found.hits) / test.counts
             scores[f"R-precision, top {top}"] = Score((100 * per_picture).tolist(), "%", 100 * found.chance)
-    asked, present, over = what_is_true(test)
-    if asked:
-        found = aimcos(images, system.embed_texts(asked).cpu(), present, over)
+    asked, present, known, over = what_is_true(test)
+    if present.any():
+        found = aimcos(images, system.embed_texts(asked).cpu(), present, over, known)
         scores["AIMCoS"] = Score(found.matched[~np.isnan(found.matched)].tolist(), "", found.chance)
         scores["AIMCoS of mismatched"] = Score(found.mismatched[~np.isnan(found.mismatched)].tolist(), "", found.chance)
         scores["AIMCoS margin"] = Score(found.margin.tolist(), "", 0.)
     return scores
 
 
-def what_is_true(test: CollectionSplit) -> tuple[list[str], np.ndarray, str]:
-    "Short texts, which of them are true of which picture, and over what AIMCoS takes its outer mean; no texts where data have neither attributes nor classes."
-    if test.attributes is not None:
-        return [attribute_words(name) for name in test.collection.attribute_names], test.attributes[test.first].numpy() > .5, "images"
-    labels, names = test.classes[test.first].numpy(), test.class_names
-    return [class_words(name) for name in names], class_presence(labels, len(names)) if names else np.zeros(0), "texts"
+def short_texts(test: CollectionSplit) -> tuple[list[str], np.ndarray]:
+    "What AIMCoS asks: texts of the attributes, or else names of the classes; and which of them have no word that the vocabulary lacks."
+    if test.attributes is None: texts = [class_words(name) for name in test.class_names]
+    else: texts = [attribute_words(name) for name in test.collection.attribute_names]
+    if not texts: return [], np.zeros(0, bool)
+    return texts, (test.vocabulary.encode(texts)[0] != test.vocabulary.numbers[UNKNOWN]).all(1).numpy()
+
+
+def what_is_true(
+    test: CollectionSplit,
+) -> tuple[list[str], np.ndarray, np.ndarray, str]:      # no texts where data have neither attributes nor classes
+    "Short texts, which of them are true of which picture, of which that is known, and over what AIMCoS takes its outer mean."
+    texts, familiar = short_texts(test)
+    labels, given = test.classes[test.first].numpy(), test.attributes
+    values = given[test.first].numpy() if given is not None else class_presence(labels, len(texts)).astype(float) if texts else np.zeros((len(labels), 0))
+    values = values[:, familiar]
+    return [text for text, sayable in zip(texts, familiar) if sayable], values > .5, ~np.isnan(values), "texts" if given is None else "images"
 
 
 @torch.no_grad()

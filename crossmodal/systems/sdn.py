@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Model', 'STAGES', 'PREPARE', 'PLANS', 'LITE', 'SDN_PRESETS', 'SdnConfig', 'Reader', 'number', 'Embed', 'sentences_of',
-           'seen', 'caption_codes', 'stored_codes', 'in_parts', 'joint_codes', 'Teach', 'recognised', 'Distil', 'fall',
-           'samples', 'Compete', 'pair_losses', 'tree_losses', 'Painter', 'Sdn', 'drawing_scores', 'diversity',
+           'seen', 'caption_codes', 'stored_codes', 'joint_codes', 'Teach', 'recognised', 'Distil', 'fall', 'samples',
+           'Compete', 'mismatch', 'pair_losses', 'tree_losses', 'Painter', 'Sdn', 'drawing_scores', 'diversity',
            'nearest_training', 'interpolate']
 
 # %% ../../nbs/systems/05_sdn.ipynb #cfa67f85
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.batch import at_least_two, spread
+from ..data.batch import at_least_two, in_parts, spread
 from ..data.captioned import CollectionSplit, open_dataset
 from ..data.images import Transform
 from ..data.text import PAD, Vocabulary
@@ -27,6 +27,7 @@ from ..losses.adversarial import discriminator_loss, fake_loss, generator_loss, 
 from ..losses.distillation import best_picture, image_distance, level_weights, stage1_loss, stage2_loss
 from ..losses.ranking import structured_joint_loss
 from ..losses.variational import kl_to_standard_normal
+from ..metrics.captions import derangement
 from ..metrics.retrieval import cosine_ranks, retrieval_report
 from ..metrics.similarity import fsim, ssim
 from ..models.backbones import BACKBONES, backbone_features, frozen_backbone
@@ -39,6 +40,7 @@ from ..models.text_encoders import GruEncoder
 from .base import Score, System, drawn_scores, pictures_of, recall_scores
 from ..training.config import Changed, Config, Count, Rate, Share, Weight
 from ..training.loop import Phase
+from ..training.processes import SINGLE, Group
 
 # %% ../../nbs/systems/05_sdn.ipynb #7189ca74
 Model = Literal["text", "teacher", "image", "stage1", "stage2", "joint", "diverse", "sdn", "gan-int-cls", "stackgan"]
@@ -54,6 +56,7 @@ class SdnConfig(Config):
     model: Model = "sdn"
     side: Count = 224                       # pixels of the drawn picture
     per_species: Count = 100                # of drawn birds only
+    facing: Literal["", "left", "right"] = ""        # where drawn birds look; empty: each its own way
     teacher: Literal["vgg19", "vgg8", "vgg7", "vgg4"] = "vgg19"     # vgg19 knows ImageNet; the others learn the classes of the data first
     calibrated: bool = False                # each layer weighs alike, all together as much as the picture (after Chen and Koltun); the paper adds up
     normalize: bool = False                 # batch normalisation in the student
@@ -114,12 +117,13 @@ SDN_PRESETS = {
               "noise": Changed(4, "likewise"), "generator_width": Changed(4, "likewise"), "discriminator_width": Changed(4, "likewise"),
               "gan_batch": Changed(60, "likewise"), "judge": Changed("efficientnet_lite0", LITE), "judged": Changed(12, "a test must end in seconds")},
     "quick": {"side": Changed(64, "two cores, minutes"), "per_species": Changed(25, "likewise"),
+              "facing": Changed("right", "no sentence says where the bird looks, and a regression would draw both sides on top of each other"),
               "teacher": Changed("vgg7", "two cores; ImageNet's VGG19 is a download"),
               "calibrated": Changed(True, "all layers together weigh as much as the picture"),
               "normalize": Changed(True, "few steps"),
               "hidden": Changed(256, "two cores"), "first_epochs": Changed(3, "two cores, minutes"), "second_epochs": Changed(2, "likewise"),
               "batch": Changed(16, "sure statistics for batch normalisation"), "rate": Changed(2e-3, "few steps, so larger ones"),
-              "falling": Changed(True, "few steps"), "text": Changed("words", "learned in seconds; a drawn bird's sentence is a list of parts and colours"),
+              "falling": Changed(True, "few steps"), "text": Changed("gru", "letters take longer; it knows a red crown and white wings from the reverse"),
               "width": Changed(256, "two cores"), "word": Changed(128, "likewise"),
               "text_backbone": Changed("efficientnet_lite0_colours", LITE + "; captions ask for colours, which lite0 alone forgets (models/03_backbones)"),
               "text_side": Changed(96, "faster, and drawn birds are simple"), "text_epochs": Changed(4, "two cores, minutes"),
@@ -190,7 +194,8 @@ class Embed(Phase):
         batch, system = at_least_two(batch, self.train), self.system
         vectors = seen(system, self.train, self.train.picture_of[batch.ids.cpu().numpy()], torch.randint(2, (len(batch),)).numpy())
         said = self.said[batch.ids.cpu()].to(batch.ids.device)
-        return {"loss": structured_joint_loss(system.see(vectors), system.reader(said), batch.classes)}
+        everyone = self.group.everyone
+        return {"loss": structured_joint_loss(everyone(system.see(vectors)), everyone(system.reader(said)), everyone(batch.classes))}
 
     def validate(self): return {"mean recall": retrieval_report(cosine_ranks(*joint_codes(self.system, self.val))).rsum / 6}
 
@@ -227,11 +232,6 @@ def stored_codes(config: SdnConfig, split: CollectionSplit) -> Float[Tensor, "n 
     if codes.shape != wanted: raise ValueError(
         f"{config.text_vectors}, split {split.split!r}: expected {wanted} (a row for each caption, width={config.width}), found {tuple(codes.shape)}.")
     return codes
-
-
-def in_parts(items: Sequence, size: int) -> list[Sequence]:
-    "Slices of at most so many items."
-    return [items[k:k + size] for k in range(0, len(items), size)]
 
 
 @torch.no_grad()
@@ -317,7 +317,7 @@ class Distil(Phase):
     @torch.no_grad()
     def count(self, real: Float[Tensor, "b 3 h w"], drawn: Float[Tensor, "b p 3 h w"]):
         "Remember which outputs were nearest."
-        self.system.chosen += F.one_hot(image_distance(real, drawn).argmin(1), drawn.shape[1]).sum(0)
+        self.system.chosen += self.group.sum(F.one_hot(image_distance(real, drawn).argmin(1), drawn.shape[1]).sum(0))
 
     def validate(self):
         rows = spread(self.val.positions, 200)
@@ -328,6 +328,7 @@ class Distil(Phase):
 
 def fall(phase: Phase, rate: float):
     "Along half a cosine from `rate` to nothing, over the phase. The steps are counted in the optimiser, whose state a checkpoint keeps."
+    if not phase.part.first: return
     steps = phase.epochs * -(-len(phase.train) // phase.batch_size)
     for group in phase.optimizers[0].param_groups:
         group["lr"] = rate * (1 + math.cos(math.pi * group.setdefault("done", 0) / steps)) / 2
@@ -355,8 +356,8 @@ class Compete(Phase):
 
     def step(self, batch):
         batch, judges = at_least_two(batch, self.train), self.system.judges
-        codes, other = self.codes[batch.ids], batch.classes != batch.classes.roll(1)
-        judge_loss, painter_loss = (pair_losses if self.config.model == "gan-int-cls" else tree_losses)(self.system, batch.images, codes, other)
+        losses = pair_losses if self.config.model == "gan-int-cls" else tree_losses
+        judge_loss, painter_loss = losses(self.system, batch.images, self.codes[batch.ids], batch.classes, self.group)
         with self.accelerator.autocast(): drawn, judged = judge_loss()
         self.minimize(judged, self.optimizers[0])
         judges.requires_grad_(False)
@@ -368,33 +369,45 @@ class Compete(Phase):
     def samples(self): return samples(self)
 
 
-def pair_losses(system: "Sdn", real: Tensor, codes: Tensor, other: Tensor):
+def mismatch(
+    logits: Float[Tensor, "b"],             # of pictures with their neighbours' sentences
+    classes: Int[Tensor, "b"],
+    group: Group,
+) -> Float[Tensor, ""]:
+    "Cost of believing a neighbour's sentence, where the neighbour is of another class."
+    logits, classes = group.everyone(logits), group.everyone(classes)
+    other = classes != classes.roll(1)
+    return fake_loss(logits[other]) if other.any() else 0. * logits.sum()
+
+
+def pair_losses(system: "Sdn", real: Tensor, codes: Tensor, classes: Tensor, group: Group = SINGLE):
     "Algorithm 1 of Reed et al., with interpolation."
-    judge, mix = system.judges, system.config.interpolated
+    judge, mix, neighbours = system.judges, system.config.interpolated, group.neighbours(codes)
 
     def judges():
         drawn, features = system.painter(codes)[-1], judge.features(real)
         loss = real_loss(judge.judge(features, codes)) + fake_loss(judge(drawn.detach(), codes)) / 2
-        if other.any(): loss = loss + fake_loss(judge.judge(features[other], codes.roll(1, 0)[other])) / 2
-        return drawn, loss
+        return drawn, loss + mismatch(judge.judge(features, neighbours), classes, group) / 2
 
     def painter(drawn):
-        between = mix * codes + (1 - mix) * codes.roll(1, 0)
+        between = mix * codes + (1 - mix) * neighbours
         return real_loss(judge(drawn, codes)) + real_loss(judge(system.painter(between)[-1], between))
     return judges, painter
 
 
-def tree_losses(system: "Sdn", real: Tensor, codes: Tensor, other: Tensor):
+def tree_losses(system: "Sdn", real: Tensor, codes: Tensor, classes: Tensor, group: Group = SINGLE):
     "Two sizes, each with its judge, told the middle of the sentence's cloud."
     truths = [F.interpolate(real, size=judge.size, mode="area") for judge in system.judges]
 
     def judges():
         *drawn, mean, log_variance = system.painter(codes, cloud=True)
         condition, loss = mean.detach(), 0.
+        neighbours = group.neighbours(condition)
         for judge, true, fake in zip(system.judges, truths, drawn, strict=True):
             features = judge.features(true)
-            wrong = judge.judge(features[other], condition.roll(1, 0)[other]) if other.any() else None
-            loss = loss + discriminator_loss(judge.judge(features, condition), judge(fake.detach(), condition), wrong)
+            wrong = judge.judge(features, neighbours)
+            loss = loss + discriminator_loss(judge.judge(features, condition), judge(fake.detach(), condition))
+            loss = loss + mismatch(wrong.conditional, classes, group) + real_loss(wrong.unconditional)      # real pictures, whosesoever the sentence
         return (drawn, mean, log_variance), loss
 
     def painter(found):
@@ -458,7 +471,7 @@ class Sdn(System):
 
     @classmethod
     def open_data(cls, config, data, split, vocabulary=None):
-        options = {"per_species": config.per_species} if data == "birds" else {}
+        options = {"per_species": config.per_species, "facing": config.facing} if data == "birds" else {}
         return open_dataset(data, split, transform=Transform((config.side,), squash=True, flip=False), items="captions", augment=False, vocabulary=vocabulary,
                             words_from=("train",), seed=config.seed, **options)
 
@@ -533,8 +546,11 @@ class Sdn(System):
         if self.config.text_vectors:
             raise ValueError(f"this system knows sentences only by the codes in {self.config.text_vectors}: train it with a text encoder to read others.")
         if not hasattr(self, "reader"): raise ValueError("a teacher does not read: train another model.")
-        device = self.see[1].weight.device
-        return torch.cat([self.reader(number(self.config, self.vocabulary, part).to(device)) for part in in_parts(texts, 256)])
+        return torch.cat([self.embed_numbers(*self.number(part)) for part in in_parts(texts, 256)])
+
+    def number(self, texts: Sequence[str]) -> tuple[Int[Tensor, "b t"]]: return (number(self.config, self.vocabulary, texts).to(self.see[1].weight.device),)
+
+    def embed_numbers(self, said: Int[Tensor, "b t"]) -> Float[Tensor, "b d"]: return self.reader(said)
 
     @torch.no_grad()
     def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
@@ -568,12 +584,15 @@ def drawing_scores(
     rows = spread(test.positions, system.config.judged)
     drawn = system.of_captions(test, rows)
     scores, found = drawn_scores(drawn, test, rows, system.config.judge), {"SSIM": [], "FSIM": [], "error": []}
-    for some, part in zip(in_parts(rows, 64), drawn.split(64)):
-        unit = lambda images: (images.clamp(-1, 1) + 1) / 2
-        real = pictures_of(test, some)
-        measures = ssim(unit(part), unit(real)), fsim(unit(part), unit(real)).fsim, (part - real).abs().mean((1, 2, 3))
-        for name, values in zip(found, measures): found[name] += values.tolist()
-    scores |= {f"drawn {name}": Score(values, "") for name, values in found.items()}
+    others = [rows[k] for k in derangement(len(rows), 0, "drawings beside others' pictures")]
+    for wanted in (rows, others):
+        for some, part in zip(in_parts(wanted, 64), drawn.split(64)):
+            unit = lambda images: (images.clamp(-1, 1) + 1) / 2
+            real = pictures_of(test, some)
+            measures = ssim(unit(part), unit(real)), fsim(unit(part), unit(real)).fsim, (part - real).abs().mean((1, 2, 3))
+            for name, values in zip(found, measures): found[name] += values.tolist()
+    n = len(rows)
+    scores |= {f"drawn {name}": Score(values[:n], "", sum(values[n:]) / n) for name, values in found.items()}
     if system.config.drawn > 1: scores["diversity"] = Score(diversity(system.draw(system.first_codes(test, rows[:200]))).tolist(), "")
     return scores
 

@@ -29,7 +29,7 @@ from ..data.bird_collection import label_positions
 from ..data.captioned import CollectionSplit, open_dataset
 from ..data.features import FeatureCache
 from ..data.images import Transform
-from ..data.text import SPECIALS, Vocabulary, open_text, tokenize
+from ..data.text import PAD, SPECIALS, Vocabulary, open_text, tokenize
 from ..losses.adversarial import colour_consistency, discriminator_loss, fake_loss, generator_loss, real_loss
 from ..losses.mmd import one_sided, root_mmd
 from ..losses.variational import kl_to_standard_normal
@@ -45,6 +45,7 @@ from ..models.text_autoencoder import TextAutoencoder, initial_vectors
 from .base import Score, System, fidelity_scores, marks_score
 from ..training.config import Changed, Config, Count, Patience, Rate, Share, Weight
 from ..training.loop import Phase
+from ..training.processes import SINGLE, Group
 
 # %% ../../nbs/systems/01_selfsup.ipynb #1e8dbe58
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class RebuildConfig(Config):
     margin: Rate = 76 / 64                  # room for the random crop: StackGAN's
     augment: bool = True                    # random crops and flips
     per_species: Count = 100                # of drawn birds only
-    backbone: Literal["resnet50", "resnet152", "vgg19", "efficientnet_lite0", "efficientnet_lite0_middle"] = "resnet50"
+    backbone: Literal["resnet50", "resnet152", "vgg19", "efficientnet_lite0", "efficientnet_lite0_middle", "efficientnet_lite0_middle_colours"] = "resnet50"
     backbone_side: Count = 224              # pixels that the backbone sees (section 4)
     code: Count = 1024                      # width of the image code (section 4)
     image_epochs: Count = 600               # section 4
@@ -113,7 +114,8 @@ REBUILD_PRESETS = {
               "judged": Changed(20, "likewise")},
     "quick": {"side": Changed(64, "two cores, minutes"), "margin": Changed(1., "drawn birds fill their pictures: a crop would cost bills and feet"),
               "augment": Changed(False, "with the encoder's picture flipped by another coin than the target's, no code can say where a bird looks"),
-              "per_species": Changed(80, "two cores, minutes"), "backbone": Changed("efficientnet_lite0_middle", "no download; it still knows where parts are"),
+              "per_species": Changed(80, "two cores, minutes"),
+              "backbone": Changed("efficientnet_lite0_middle_colours", "no download; it still knows where parts are, and their colours"),
               "backbone_side": Changed(96, "faster, and drawn birds are simple"), "code": Changed(256, "few pictures, and small mappings"),
               "image_epochs": Changed(22, "two cores, minutes"), "image_rate": Changed(5e-4, "few steps, so larger ones; at 1e-3 the tree collapses at times"),
               "judge": Changed("efficientnet_lite0", "its weights need no download"), "judged": Changed(400, "two cores, minutes")},
@@ -179,6 +181,13 @@ class Rebuilds(System):
         "Pictures in [-1, 1] through the code and back."
         raise NotImplementedError
 
+    def rebuilt(self,
+        split: CollectionSplit,
+        rows: Sequence[int],                # pictures of the split
+    ) -> Float[Tensor, "b 3 h w"]:
+        "The same for pictures of a dataset, which this system may have learned from in another shape than the one it draws."
+        return self.images_from_images(largest(split[rows]).to(next(self.parameters()).device))
+
 # %% ../../nbs/systems/01_selfsup.ipynb #40c630f4
 @torch.no_grad()
 def rebuilding_scores(
@@ -186,9 +195,10 @@ def rebuilding_scores(
     test: CollectionSplit,
 ) -> dict[str, Score]:
     "Table 1: Inception Score and FID of rebuilt test pictures; the squared error beside them; and for drawn birds, what a reader of attributes finds."
-    rows, device = spread(test, system.config.judged), next(system.parameters()).device
-    real = torch.cat([largest(test[part]) for part in np.array_split(rows, -(-len(rows) // 64))])
-    rebuilt = torch.cat([system.images_from_images(part.to(device)).float().cpu() for part in real.split(64)])
+    rows = spread(test, system.config.judged)
+    parts = np.array_split(rows, -(-len(rows) // 64))
+    real = torch.cat([largest(test[part]) for part in parts])
+    rebuilt = torch.cat([system.rebuilt(test, part).float().cpu() for part in parts])
     scores = fidelity_scores(rebuilt, real, system.config.judge)
     scores["squared error"] = Score((rebuilt - real).square().mean((1, 2, 3)).tolist(), "", float((real - real.mean(0)).square().mean()))
     if test.source == "birds": scores["attributes of rebuilt pictures"] = marks_score(mark(read_attributes(rebuilt), asked_labels(test, rows)))
@@ -238,11 +248,12 @@ def discriminator_losses(
     drawn: Sequence[Float[Tensor, "b 3 _ _"]],
     condition: Float[Tensor, "b c"],
     wrong: bool = False,                            # also another picture of the batch under this condition
+    group: Group = SINGLE,                          # who holds the rest of the batch
 ) -> Iterator[Float[Tensor, ""]]:                   # one by one, so that each can be minimised before the next is computed
     "Eq. 2 at every scale."
     for judge, true, fake in zip(discriminators, real, drawn, strict=True):
         condition, features = condition.detach(), judge.features(true)
-        other = judge.judge(features.roll(1, 0), condition) if wrong else None          # the features of a picture do not know its condition
+        other = judge.judge(group.neighbours(features), condition) if wrong else None          # the features of a picture do not know its condition
         yield discriminator_loss(judge.judge(features, condition), judge(fake.detach(), condition), other)
 
 
@@ -292,18 +303,18 @@ class PicturePhase(Phase):
             mean, log_variance = model.augmentation(model.encode(self.look(batch)))
             drawn = model.draw(model.augmentation.sample(mean, log_variance))
         total = 0.
-        for loss, optimizer in zip(discriminator_losses(judges, real, drawn, mean, self.config.wrong_pictures), self.optimizers[1:], strict=True):
+        judged = discriminator_losses(judges, real, drawn, mean, self.config.wrong_pictures, self.group)
+        for optimizer in self.optimizers[1:]:
+            with self.accelerator.autocast(): loss = next(judged)               # here the work is done, not where `judged` was made
             self.minimize(loss, optimizer, self.config.image_clip)
             total = total + loss.detach()
-        judges.requires_grad_(False)
         with self.accelerator.autocast(): terms = tree_losses(self.config, judges, real, drawn, mean, log_variance)
         self.minimize(terms["loss"], self.optimizers[0], self.config.image_clip)
-        judges.requires_grad_(True)
         return {name: value.detach() for name, value in terms.items()} | {"discriminators": total}
 
     def samples(self):
-        some = self.val[spread(self.val, 16)].to(self.accelerator.device)
-        return torch.cat([largest(some), self.system.images_from_images(largest(some))])
+        rows = spread(self.val, 16)
+        return torch.cat([largest(self.val[rows]).to(self.accelerator.device), self.system.rebuilt(self.val, rows)])
 
 # %% ../../nbs/systems/01_selfsup.ipynb #fcd3de70
 @dataclass
@@ -339,14 +350,15 @@ class TextPhase(Phase):
     def __init__(self, system: "SelfSup", name: str, epochs: int, train: Sentences, val: Sentences):
         config = system.config
         self.system, self.config, self.name, self.epochs, self.train, self.val = system, config, name, epochs, train, val
-        self.batch_size, self.patience = config.text_batch, config.text_patience
+        self.batch_size, self.patience = config.text_batch, config.text_patience if len(val) else 0
 
     def begin(self):
         self.optimizers = (self.adam(self.system.texts, self.config.text_rate),)
         return self.train
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": self.system.texts.loss(batch.captions, batch.lengths, self.config.forcing, self.config.pads_count)}
+        loss = self.system.texts.loss(batch.captions, batch.lengths, self.config.forcing, self.config.pads_count)
+        return {"loss": loss * self.group.share((batch.captions[:, 1:] != PAD).sum())}
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         with self.accelerator.autocast(): losses = self.losses(batch)
@@ -354,6 +366,7 @@ class TextPhase(Phase):
         return {name: value.detach() for name, value in losses.items()}
 
     def validate(self):
+        if not len(self.val): return {}             # data without captions, after a text file
         return {"loss": float(self.losses(self.val[spread(self.val, 500)].to(self.accelerator.device))["loss"])}
 
 # %% ../../nbs/systems/01_selfsup.ipynb #c4eaa469
@@ -438,7 +451,7 @@ def encode_dataset(system: "SelfSup", dataset: CollectionSplit, device: torch.de
     features, some = picture_features(dataset, system.config), np.flatnonzero(dataset.counts > 0)
     pictures = [system.pictures.encode(features.read(rows).to(device)) for rows in np.array_split(dataset.positions[some], -(-len(some) // 1024))]
     batches = torch.arange(len(dataset.captions)).split(512)
-    codes = [system.encode_captions(dataset.captions[rows].long().to(device), dataset.lengths[rows]) for rows in batches]
+    codes = [system.embed_numbers(dataset.captions[rows].long().to(device), dataset.lengths[rows]) for rows in batches]
     system.train(was_training)
     move = lambda values: torch.as_tensor(values, device=device)
     return CodeTable(torch.cat(pictures), torch.cat(codes), move(dataset.first[some]), move(dataset.classes[some]))
@@ -469,8 +482,8 @@ class GanPhase(MappingPhase):
         if turn % rest == 0 or (eager and not bound):
             losses["generator"] = real_loss(critic(fake))
             self.minimize(losses["generator"], optimizers[0], clip=5.)
-            eager.fill_(bool(losses["generator"] > self.eager[1 if eager else 0]))
-        turn.add_(1)
+            if self.part.last: eager.fill_(self.group.mean(losses)["generator"] > self.eager[1 if eager else 0])
+        if self.part.last: turn.add_(1)
         return losses
 
 # %% ../../nbs/systems/01_selfsup.ipynb #edfe3b2f
@@ -486,7 +499,7 @@ class MmdPhase(MappingPhase):
 
     def gap(self, mapping, fake, target) -> tuple[Tensor, Tensor, Tensor]:
         "The distance of the two clouds in the inner space, and both clouds there."
-        a, b = mapping["encoder"](target), mapping["encoder"](fake)
+        a, b = (self.group.everyone(mapping["encoder"](codes)) for codes in (target, fake))
         gap, weight = root_mmd(a, b), self.config.one_sided_weight
         return gap + weight * one_sided(a, b) if weight else gap, a, b
 
@@ -497,12 +510,13 @@ class MmdPhase(MappingPhase):
             with torch.no_grad():
                 for weight in mapping["encoder"].parameters(): weight.clamp_(-.01, .01)
             gap, a, b = self.gap(mapping, fake.detach(), target)
-            kept = F.mse_loss(mapping["decoder"](a), target) + F.mse_loss(mapping["decoder"](b), fake.detach())
+            kept = sum(F.mse_loss(mapping["decoder"](self.group.mine(inner)), codes) for inner, codes in ((a, target), (b, fake.detach())))
             self.minimize(self.keep[way] * kept - gap, optimizers[1], clip=5.)
-            left.sub_(1)
+            if self.part.last: left.sub_(1)
             return {"gap": gap, "kept": kept}
         gap, *_ = self.gap(mapping, fake, target)
         self.minimize(gap, optimizers[0], clip=5.)
+        if not self.part.last: return {"gap": gap}
         updates.add_(1)
         left.fill_(100 if updates < self.config.mmd_patient or updates % 500 == 0 else 5)
         return {"gap": gap}
@@ -550,7 +564,7 @@ class SelfSup(Rebuilds):
         return super().open_data(config, data, split, both)
 
     def prepare(self, train):
-        self.pictures.scale.fit(picture_features(train, self.config).read(train.positions))
+        self.pictures.scale.fit(picture_features(train, self.config).read(train.positions), least=.01)   # of few pictures, many features are all but dark
         if self.config.word_vectors:
             vectors, found = initial_vectors(self.vocabulary, self.config.word_vectors)
             print(f"{found} of {len(self.vocabulary.words)} words have vectors in {Path(self.config.word_vectors).name}")
@@ -570,25 +584,34 @@ class SelfSup(Rebuilds):
 
     def look(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         r"$\psi$ of pictures in [-1, 1], of any size."
-        backbone = frozen_backbone(self.config.backbone, self.config.backbone_side).to(images.device)
-        return torch.cat([self.pictures.encode(backbone(part)[0]) for part in images.split(64)])
+        device = self.texts.out.weight.device
+        backbone = frozen_backbone(self.config.backbone, self.config.backbone_side).to(device)
+        return torch.cat([self.pictures.encode(backbone(part.to(device))[0]) for part in images.split(64)])
 
-    def encode_captions(self, captions: Int[Tensor, "b t"], lengths: Int[Tensor, "b"]) -> Float[Tensor, "b 100"]:
+    def embed_numbers(self, captions: Int[Tensor, "b t"], lengths: Int[Tensor, "b"]) -> Float[Tensor, "b 100"]:
         "Codes of numbered sentences."
         return self.texts.encode(captions, lengths, self.config.pads_count)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "b 100"]:
         "Codes of sentences. One without a single known word is a `ValueError`: its code would say nothing."
+        return self.embed_numbers(*self.number(texts))
+
+    def number(self, texts: Sequence[str]) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b"]]:
         captions, lengths = self.vocabulary.encode(list(texts))
         known = (captions > len(SPECIALS)).any(1).tolist()                     # the special words come first
         if not all(known): raise ValueError(f"no word of {list(texts)[known.index(False)]!r} is known: this system learned {len(self.vocabulary.words)} words.")
-        return self.encode_captions(captions.to(self.texts.out.weight.device), lengths)
+        return captions.to(self.texts.out.weight.device), lengths
 
     @torch.no_grad()
     def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 100"]:
         "Pictures in [-1, 1], carried into the space of sentence codes."
         return self.mappings[self.config.mapping]["image-to-text"]["generator"](self.pictures.translated(self.look(images)))
+
+    @torch.no_grad()
+    def embed_words(self, words: Sequence[str]) -> Float[Tensor, "b w"]:
+        "Vectors of single words, as the encoder is given them."
+        return self.texts.words.weight[self.word_numbers(words)]
 
     def check_codes(self, embeddings: Float[Tensor, "b 100"]):
         "A `ValueError` for what cannot be sentence codes of this system."
@@ -619,6 +642,12 @@ class SelfSup(Rebuilds):
         "Pictures in [-1, 1] through the image autoencoder."
         return self.pictures.rebuild(self.pictures.translated(self.look(images)))
 
+    @torch.no_grad()
+    def rebuilt(self, split, rows):
+        "From the features of whole boxes, as in training: a split's own pictures are their middles, at the size that is drawn."
+        features = picture_features(split, self.config).read(split.positions[np.asarray(rows)]).to(self.texts.out.weight.device)
+        return self.pictures.rebuild(self.pictures.translated(self.pictures.encode(features)))
+
     def evaluate(self, test):
         found = rebuilding_scores(self, test) | (retelling_scores(self, test) | carrying_scores(self, test) if len(test.captions) else {})
         return found | (attribute_scores(self, test) if test.source == "birds" else {})
@@ -633,7 +662,7 @@ def retelling_scores(
     rows = np.unique(np.linspace(0, len(test.captions) - 1, min(system.config.judged, len(test.captions))).astype(int))
     texts = test.vocabulary.decode(test.captions[rows])
     said = [text for part in np.array_split(rows, -(-len(rows) // 256)) for text in system.texts_from_embeddings(
-        system.encode_captions(test.captions[part].long().to(system.texts.out.weight.device), test.lengths[part]))]
+        system.embed_numbers(test.captions[part].long().to(system.texts.out.weight.device), test.lengths[part]))]
     metrics = METRICS[:3] + ("METEOR",) * bool(system.config.meteor and shutil.which("java"))
     found = caption_scores(said, [[text] for text in texts], metrics, tokenizer="spaces")
     scores = {name: Score([100 * found[name]], "%", 100 * found.chance[name], n=len(rows))

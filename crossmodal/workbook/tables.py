@@ -5,27 +5,36 @@
 # %% auto #0
 __all__ = ['EMBEDMAP_TABLE1', 'SELFSUP_TABLE1', 'SELFSUP_TABLE2', 'SELFSUP_TEXTS', 'VSEPP', 'GXN_MODELS', 'GXN_TABLE2',
            'GXN_PLACES', 'WAYS_OF_RETRIEVAL', 'MEAN_RECALL', 'WEIGHTS', 'LAVITER_TABLE1', 'LAVITER_MODELS',
-           'LAVITER_TABLE5', 'SDN_TABLE1', 'SDN_TABLE3', 'TABLES', 'IN_WORKBOOK', 'COLUMNS', 'PICTURE', 'TEXT',
-           'SPEECH', 'Cell', 'embedmap_table1', 'embedmap_speakers', 'selfsup_table1', 'selfsup_table2',
-           'selfsup_texts', 'gxn_table1', 'gxn_table2', 'gxn_table3', 'gxn_imagined', 'aligned', 'laviter_table1',
-           'laviter_table2', 'laviter_table4', 'laviter_table5', 'sdn_drawn', 'sdn_table1', 'sdn_table3', 'table_name',
-           'find_table', 'questions', 'answer', 'measured', 'fits', 'data_name', 'table_row', 'possible', 'build_table',
-           'write_table', 'UnbackedFigure', 'stored_records', 'check_table', 'readable', 'plot_table',
-           'paired_differences']
+           'LAVITER_TABLE5', 'SDN_TABLE1', 'SDN_TABLE2', 'SDN_TABLE3', 'ALL_SYSTEMS', 'SHARED', 'TABLES', 'IN_WORKBOOK',
+           'DRAWN', 'COLUMNS', 'AGREES', 'SORT', 'TABLE_STYLE', 'Cell', 'embedmap_table1', 'embedmap_speakers',
+           'selfsup_table1', 'selfsup_table2', 'selfsup_texts', 'gxn_table1', 'gxn_table2', 'gxn_table3',
+           'gxn_imagined', 'aligned', 'laviter_table1', 'laviter_table2', 'laviter_table3', 'laviter_table4',
+           'laviter_table5', 'sdn_drawn', 'sdn_table1', 'sdn_table2', 'sdn_table3', 'all_systems', 'table_name',
+           'find_table', 'questions', 'possible', 'asked_runs', 'answer', 'measured', 'fits', 'data_name', 'same_items',
+           'estimate_of', 'table_row', 'about', 'same_pictures', 'build_table', 'rated', 'read_table', 'write_table',
+           'UnbackedFigure', 'stored_records', 'check_table', 'decimals', 'known', 'readable', 'plot_table',
+           'paired_differences', 'agreement', 'at_chance', 'as_markdown', 'as_latex', 'metric_html', 'table_html',
+           'TableView']
 
 # %% ../../nbs/workbook/00_tables.ipynb #ad61083c
+import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 
-from ..metrics.intervals import bootstrap_mean
-from ..systems.experiments import plan, resume, train
+from ..metrics.human import mean_opinion
+from ..metrics.intervals import Estimate, bootstrap_mean
+from ..systems.base import abilities
+from ..systems.experiments import find_system, plan, resume, train
 from ..training.checkpoint import write_atomic
-from ..training.runs import Run, RunError, finished_runs, record_text, run_name
+from ..training.runs import Run, RunError, finished_runs, record_text
+from .pictures import PICTURE, TEXT, ShownTwice
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +50,9 @@ class Cell:
     paper: float | Mapping[str, float] | None        # by dataset where the paper has several; None: the paper does not report it
     system: str                             # a name in `SYSTEMS`
     changes: Mapping[str, Any] = field(default_factory=dict)    # what distinguishes this row and column
-    only: str = ""                          # the one dataset that has this measure; empty: all have it
+    only: str = ""                          # the datasets that have this measure, between spaces; empty: all have it
+    data: str = ""                          # what its table is about; empty: what `answer` is told, or the system's home
+    rated: bool = False                     # by people: answered by the record of a study, and by no training
 
 # %% ../../nbs/workbook/00_tables.ipynb #44f81bc9
 EMBEDMAP_TABLE1 = {                         # text grey, text coloured, speech grey, speech coloured: paper 002, Table 1, dB
@@ -86,34 +97,36 @@ SELFSUP_TABLE1 = {                          # Inception Score and FID as printed
     "Compressive autoencoder": ("compressive", {"cub": 1.09}, {"cub": 283.64}),
     "StackGAN autoencoder": ("", {"cub": 3.66, "flowers102": 3.23}, {"cub": 21.58, "flowers102": 57.96}),
 }
-SELFSUP_TABLE2 = {                          # class accuracy in per cent: image to text and text to image
-    "GAN-based": ("gan", {"cub": 2.3, "flowers102": 6.6}, {"cub": 2.8, "flowers102": 4.5}),
-    "MMD-based": ("mmd", {"cub": 2.0, "flowers102": 5.6}, {"cub": 2.5, "flowers102": 4.1}),
+SELFSUP_TABLE2 = {                          # class accuracy in per cent: image to text and text to image; human score, the same
+    "GAN-based": ("gan", {"cub": 2.3, "flowers102": 6.6}, {"cub": 2.8, "flowers102": 4.5}, {"cub": 2.3, "flowers102": 2.5}, {"cub": 2.5, "flowers102": 2.4}),
+    "MMD-based": ("mmd", {"cub": 2.0, "flowers102": 5.6}, {"cub": 2.5, "flowers102": 4.1}, {"cub": 2.1, "flowers102": 2.2}, {"cub": 2.4, "flowers102": 2.3}),
 }
 SELFSUP_TEXTS = {"BLEU-1": {"cub": 87.52, "flowers102": 85.35}, "BLEU-4": {"cub": 72.55, "flowers102": 70.61}, "METEOR": {"cub": 49.89, "flowers102": 48.06},
                  "ROUGE-L": {"cub": 89.04, "flowers102": 86.69}, "CIDEr": {"cub": 7.04, "flowers102": 6.59}}
 
 
 def selfsup_table1() -> list[Cell]:
-    "Table 1 of paper 000: rebuilt test pictures; below its measures, the squared error and, for drawn birds, the attributes that can be read."
+    """Table 1 of paper 000: rebuilt test pictures; beside its measures, the squared error and, for drawn birds, the attributes that can be read.
+    The printed figures are another extractor's, so they stand in measures of their own, which no run with this judge fills."""
     cells, judge = [], "efficientnet_lite0"
     for row, (kind, score, distance) in SELFSUP_TABLE1.items():
         system, changes = ("selfsup-baseline", {"autoencoder": kind, "judge": judge}) if kind else ("selfsup", {"judge": judge})
-        measures = {f"Inception Score ({judge})": (f"inception score ({judge})", score), f"FID ({judge})": (f"fid ({judge})", distance),
-                    "squared error": ("squared error", None), "attributes (%)": ("attributes of rebuilt pictures", None)}
-        cells += [Cell(row, "rebuilt pictures", metric, name, paper, system, changes, "birds" if metric == "attributes (%)" else "")
-                  for metric, (name, paper) in measures.items()]
+        measures = {f"Inception Score ({judge})": ("", None), f"FID ({judge})": ("", None), "squared error": ("", None), "attributes (%)": ("birds", None),
+                    "Inception Score (inception_v3)": ("cub flowers102", score), "FID (inception_v3)": ("cub flowers102", distance)}
+        name = lambda metric: "attributes of rebuilt pictures" if metric == "attributes (%)" else metric.lower()
+        cells += [Cell(row, "rebuilt pictures", metric, name(metric), paper, system, changes, only) for metric, (only, paper) in measures.items()]
     return cells
 
 
 def selfsup_table2() -> list[Cell]:
-    "Table 2 of paper 000: class accuracy of both mappings, both ways; below it, for drawn birds, attributes."
+    "Table 2 of paper 000: human score and class accuracy of both mappings, both ways; below them, for drawn birds, attributes."
     cells = []
     for row, (kind, *papers) in SELFSUP_TABLE2.items():
-        for way, paper in zip(("image-to-text", "text-to-image"), papers, strict=True):
+        for way, paper, human in zip(("image-to-text", "text-to-image"), papers[:2], papers[2:], strict=True):
             measures = {"class accuracy (%)": ("class accuracy", paper), "attributes (%)": ("attributes", None)}
             cells += [Cell(row, way, metric, f"{kind} {way} {score}", figure, "selfsup", only="birds" if score == "attributes" else "")
                       for metric, (score, figure) in measures.items()]
+            cells.append(Cell(row, way, "human score (1 to 4)", f"human score, {way}", human, "selfsup", {"mapping": kind}, rated=True))
     return cells
 
 
@@ -238,8 +251,13 @@ def laviter_table1() -> list[Cell]:
 
 
 def laviter_table2() -> list[Cell]:
-    "Tables 2 and 3 of paper 001, which are one table of two datasets."
+    "Table 2 of paper 001: what assistants do for the alignment."
     return [cell for row, (model, papers) in LAVITER_MODELS.items() for cell in aligned(row, {"model": model}, papers)]
+
+
+def laviter_table3() -> list[Cell]:
+    "Table 3 of paper 001, the same for birds; it prints three of the rows."
+    return [replace(cell, only="cub birds") for cell in laviter_table2()]
 
 
 def laviter_table4() -> list[Cell]:
@@ -267,6 +285,9 @@ SDN_TABLE1 = {                              # row -> model; Inception Score, SSI
     "StackGAN": ("stackgan", (4.95, .2812, .5869), (3.54, .1837, .6009)),
     "GAN-INT-CLS": ("gan-int-cls", (5.08, .2934, .6082), (4.17, .1948, .6214)),
 }
+SDN_TABLE2 = {                              # row of Table 1 -> quality and correlation rank, CUB (among four systems) and Oxford-102 (among three)
+    "SDN": ((2.26, 2.23), (1.74, 1.77)), "StackGAN": ((2.44, 2.44), (1.87, 1.90)), "GAN-INT-CLS": ((2.77, 2.83), (2.39, 2.33)),
+}
 SDN_TABLE3 = {                              # row -> model, Inception Score on CUB
     "Image space loss": ("image", 2.11), "Stage-I loss": ("stage1", 3.9), "Stage-II loss": ("stage2", 4.77), "Stage-I & Stage-II loss": ("joint", 5.98),
     "Diverse synthesis loss": ("diverse", 6.84), "SDN": ("sdn", 6.89),
@@ -289,17 +310,49 @@ def sdn_table1() -> list[Cell]:
     return cells
 
 
+def sdn_table2() -> list[Cell]:
+    "Table 2 of paper 004: the mean rank that people gave, of the systems that are here."
+    return [Cell(row, what, "human rank", f"human {what} rank", {"cub": cub[k], "flowers102": flowers[k]}, "sdn", {"model": SDN_TABLE1[row][0]}, rated=True)
+            for row, (cub, flowers) in SDN_TABLE2.items() for k, what in enumerate(("quality", "correlation"))]
+
+
 def sdn_table3() -> list[Cell]:
     "Table 3 of paper 004, which prints Inception Scores only."
     return [cell for row, (model, printed) in SDN_TABLE3.items() for cell in sdn_drawn(row, model, {"Inception Score (inception_v3)": {"cub": printed}})]
 
+# %% ../../nbs/workbook/00_tables.ipynb #dc0181f5
+ALL_SYSTEMS = {                             # row -> system and model: the one of each paper that can do most
+    "selfsup (paper 000)": ("selfsup", {}), "laviter (paper 001)": ("laviter", {"model": "full"}),
+    "embedmap (paper 002)": ("embedmap", {"autoencoder": "conv-vae", "colour": False}),
+    "gxn (paper 003)": ("gxn", {"model": "i2t+t2i", "hardest": False}), "sdn (paper 004)": ("sdn", {"model": "sdn"}),
+}
+SHARED = {                                  # measure -> by column the score and the ability that it takes
+    "right kind (%)": {"picture -> sentence": ("shared kind, picture to sentence", "embeds pictures"),
+                       "sentence -> picture": ("shared kind, sentence to picture", "embeds pictures")},
+    "right content (%)": {"drawn of a sentence": ("shared asked and drawn", "sentence to picture"),
+                          "written of a picture": ("shared seen and written", "picture to sentence")},
+    "FID (efficientnet_lite0)": {"drawn of a sentence": ("shared FID", "sentence to picture")},
+}
+
+
+def all_systems(
+    data: str,                              # "digits" or "birds"
+) -> list[Cell]:
+    "Beyond the papers: five systems, one dataset, one set of measures."
+    rows = {row: found for row, found in ALL_SYSTEMS.items() if data == "digits" or find_system(found[0]).home == data}
+    return [Cell(row, column, metric, score, None, system, changes, data=data) for row, (system, changes) in rows.items()
+            for metric, columns in SHARED.items() for column, (score, ability) in columns.items() if ability in abilities(find_system(system))]
+
 # %% ../../nbs/workbook/00_tables.ipynb #c11c58c0
 TABLES = {("gxn", "1"): gxn_table1, ("gxn", "2"): gxn_table2, ("gxn", "3"): gxn_table3, ("gxn", "imagined"): gxn_imagined,
-          ("sdn", "1"): sdn_table1, ("sdn", "3"): sdn_table3,
-          ("laviter", "1"): laviter_table1, ("laviter", "2"): laviter_table2, ("laviter", "4"): laviter_table4, ("laviter", "5"): laviter_table5,
+          ("sdn", "1"): sdn_table1, ("sdn", "2"): sdn_table2, ("sdn", "3"): sdn_table3,
+          ("laviter", "1"): laviter_table1, ("laviter", "2"): laviter_table2, ("laviter", "3"): laviter_table3,
+          ("laviter", "4"): laviter_table4, ("laviter", "5"): laviter_table5,
           ("selfsup", "1"): selfsup_table1, ("selfsup", "2"): selfsup_table2, ("selfsup", "texts"): selfsup_texts,
-          ("embedmap", "1"): embedmap_table1, ("embedmap", "speakers"): embedmap_speakers}
-IN_WORKBOOK = [("selfsup", "1"), ("embedmap", "1")]           # those that need no download and have a page
+          ("embedmap", "1"): embedmap_table1, ("embedmap", "speakers"): embedmap_speakers,
+          ("all", "digits"): partial(all_systems, "digits"), ("all", "birds"): partial(all_systems, "birds")}
+IN_WORKBOOK = [                             # what the papers' pages show
+    ("embedmap", "1"), ("gxn", "1"), ("laviter", "2"), ("laviter", "4"), ("laviter", "5"), ("sdn", "1"), ("sdn", "3"), ("selfsup", "1")]
 
 # %% ../../nbs/workbook/00_tables.ipynb #c283a6ae
 def table_name(system: str, number: str) -> str:
@@ -314,16 +367,43 @@ def find_table(system: str, number: str) -> list[Cell]:
 
 
 def questions(cells: Iterable[Cell]) -> list[tuple[str, dict[str, Any]]]:
-    "The distinct trainings that cells ask for: (system, changes)."
+    "The distinct trainings that cells ask for: (system, changes). What people rated asks for none."
     found = []
     for cell in cells:
-        if (cell.system, dict(cell.changes)) not in found: found.append((cell.system, dict(cell.changes)))
+        if not cell.rated and (cell.system, dict(cell.changes)) not in found: found.append((cell.system, dict(cell.changes)))
     return found
 
+
+def possible(
+    cells: Sequence[Cell],
+    data: Iterable[str],                    # what runs learned from; nothing known: all cells
+) -> list[Cell]:
+    "The cells that runs on these data can answer."
+    names = {name.split(",")[0] for name in data}
+    return [cell for cell in cells if not cell.only or not names or names & set(cell.only.split())]
+
 # %% ../../nbs/workbook/00_tables.ipynb #82fb8ece
+def asked_runs(
+    cells: Sequence[Cell],
+    data: str = "",                         # a name or a folder; empty: what the table is about, else each system's home
+    preset: str = "quick",
+    seeds: Sequence[int] = (0,),
+    changes: Mapping[str, Any] = {},        # for all trainings, such as `speech`
+) -> dict[str, tuple[str, dict[str, Any]]]: # name of a run -> its system and what its configuration changes
+    "The runs that cells ask for, seed by seed."
+    data = data or next((cell.data for cell in cells if cell.data), "")
+    names = {system: plan(system, data, preset, changes).data["name"] for system in {cell.system for cell in cells if cell.only and not cell.rated}}
+    fitting = [cell for cell in cells if possible([cell], [names[cell.system]] if cell.system in names else ())]
+    if cells and not fitting:
+        about = sorted({name for cell in cells for name in cell.only.split()})
+        raise ValueError(f"this table is about {' or '.join(about)}, not about {' or '.join(sorted(set(names.values())))}: choose other data.")
+    planned = [(system, asked | dict(changes) | {"seed": seed}) for seed in seeds for system, asked in questions(fitting)]
+    return {plan(system, data, preset, wanted).name: (system, wanted) for system, wanted in planned}
+
+
 def answer(
     cells: Sequence[Cell],
-    data: str = "",                         # a name or a folder; empty: each system's home
+    data: str = "",                         # a name or a folder; empty: what the table is about, else each system's home
     preset: str = "quick",
     seeds: Sequence[int] = (0,),
     changes: Mapping[str, Any] = {},        # for all trainings, such as `speech`
@@ -331,19 +411,22 @@ def answer(
     quiet: bool = False,
 ) -> list[Run]:
     "The runs that cells ask for, trained where they are missing."
-    planned = [(system, asked | dict(changes) | {"seed": seed}) for seed in seeds for system, asked in questions(cells)]
-    runs, done = [], finished_runs(folder)
-    for k, (system, wanted) in enumerate(planned, 1):
-        config, described = plan(system, data, preset, wanted)
-        name = run_name(system, config, preset, described)
+    data = data or next((cell.data for cell in cells if cell.data), "")
+    asked, runs, done = asked_runs(cells, data, preset, seeds, changes), [], finished_runs(folder)
+    for k, (name, (system, wanted)) in enumerate(asked.items(), 1):
         if name in done: runs.append(done[name]); continue
-        asked = ", ".join(f"{key} {value}" for key, value in wanted.items() if value not in ("", 1, False))
-        if not quiet: print(f"[{k}/{len(planned)}] {name}: {asked}", flush=True)
+        told = ", ".join(f"{key} {value}" for key, value in wanted.items() if value not in ("", 1, False))
+        if not quiet: print(f"[{k}/{len(asked)}] {name}: {told}", flush=True)
         place = Path(folder) / name
         runs.append(resume(place, data, quiet) if (place / "run.json").exists() else train(system, data, preset, place, wanted, quiet=quiet))
+    for run in runs:
+        if any(cell.data and cell.system == run.record["system"] for cell in cells):      # measures of a table of ours, which no system takes of itself
+            from crossmodal.workbook.together import add_shared
+            add_shared(run, data)
     return runs
 
 # %% ../../nbs/workbook/00_tables.ipynb #af8e2a84
+DRAWN = ("birds", "digits", "mnist")         # datasets whose test items a run's seed draws or holds out
 COLUMNS = ["row", "column", "metric", "paper", "ours", "low", "high", "n", "chance", "seeds", "preset", "data", "runs"]
 
 
@@ -358,7 +441,9 @@ def measured(record: Mapping[str, Any], score: str | tuple[str, ...]) -> dict[st
 
 def fits(record: Mapping[str, Any], cell: Cell) -> bool:
     "Does this run answer this cell?"
-    asked = record["system"] == cell.system and all(record["config"][key] == value for key, value in cell.changes.items())
+    if (record["system"], record.get("kind") == "study") != (cell.system, cell.rated): return False
+    if cell.data and "shared_on" not in record: return False                # measured on nobody knows which pictures
+    asked = all(record["config"][key] == value for key, value in cell.changes.items())
     return asked and measured(record, cell.score) is not None
 
 
@@ -369,30 +454,69 @@ def data_name(record: Mapping[str, Any]) -> str:
     return record["data"]["name"] + measured + ("" if speech == "bundled" else f", {Path(speech).name} speech" + " with bundled colour words" * bool(colour))
 
 
-def table_row(cell: Cell, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    "One line of a table from the records that answer it."
-    by_data = isinstance(cell.paper, Mapping)
-    paper = cell.paper if not by_data else cell.paper.get(records[0]["data"]["name"]) if records else None
+def same_items(
+    records: Sequence[Mapping[str, Any]],   # of several seeds
+    groups: Sequence[Sequence[float]],      # one score's values from each
+) -> bool:
+    "Is the k-th value of every run of the same item? Of the datasets in `DRAWN` every seed has items of its own; all others have a fixed test part."
+    if len(records) < 2: return False
+    told = {(record["data"]["name"], record["data"].get("items"), record.get("measured"), len(group)) for record, group in zip(records, groups, strict=True)}
+    return len(told) == 1 and len(groups[0]) > 1 and records[0]["data"]["name"] not in DRAWN
+
+
+@lru_cache(maxsize=10_000)
+def estimate_of(groups: tuple[tuple[float, ...], ...], crossed: bool) -> Estimate:
+    "`bootstrap_mean`, remembered: a table that is computed again from other runs keeps most of its cells."
+    return bootstrap_mean(groups, crossed)
+
+
+def table_row(
+    cell: Cell,
+    records: Sequence[Mapping[str, Any]],   # that answer it
+    data: str = "",                         # what the other lines of the table are about, where no record says so
+) -> dict[str, Any]:
+    "One line of a table."
+    paper = cell.paper.get(records[0]["data"]["name"] if records else data) if isinstance(cell.paper, Mapping) else cell.paper
     head = {"row": cell.row, "column": cell.column, "metric": cell.metric, "paper": paper}
     if not records: return head | {"n": 0, "runs": ""}
     scores = [measured(record, cell.score) for record in records]
     kinds = {(record["preset"], data_name(record)) for record in records}
     if len(kinds) > 1: raise RunError(f"{cell.row}, {cell.column}: runs of different presets or data cannot share a cell: {sorted(kinds)}.")
-    estimate, chances = bootstrap_mean([score["values"] for score in scores]), [score["chance"] for score in scores]
+    if cell.rated: return head | _rated_figures(cell, records, scores)
+    groups, chances = tuple(tuple(score["values"]) for score in scores), [score["chance"] for score in scores]
+    estimate = estimate_of(groups, same_items(records, groups))
     figures = {"ours": estimate.mean, "low": estimate.low, "high": estimate.high, "chance": sum(chances) / len(chances) if None not in chances else None}
     return head | {name: value if value is None else round(value, 3) for name, value in figures.items()} | {
-        "n": sum(score["n"] for score in scores) if scores[0].get("n") else estimate.n,
-        "seeds": " ".join(str(record["seed"]) for record in records), "preset": records[0]["preset"],
-        "data": data_name(records[0]), "runs": " ".join(record["id"] for record in records)}
+        "n": sum(score["n"] for score in scores) if scores[0].get("n") else estimate.n} | _sources(records)
 
 
-def possible(
-    cells: Sequence[Cell],
-    data: Iterable[str],                    # what runs learned from; nothing known: all cells
-) -> list[Cell]:
-    "The cells that runs on these data can answer."
+def _sources(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    "Where a line's figures come from."
+    return {"seeds": " ".join(str(record["seed"]) for record in records), "preset": records[0]["preset"],
+            "data": data_name(records[0]), "runs": " ".join(record["id"] for record in records)}
+
+
+def _rated_figures(cell: Cell, records: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    "The mean of all ratings with the interval over raters and items. Raters of different studies are different people."
+    if any(record["study"] != records[0]["study"] for record in records): raise RunError(f"{cell.row}, {cell.column}: two studies answer this cell; keep one.")
+    found = mean_opinion(np.hstack([np.array(score["ratings"], dtype=float) for score in scores]), (1, scores[0]["top"]))
+    figures = {"ours": found.mean, "low": found.low, "high": found.high, "chance": found.chance}
+    return {name: round(value, 3) for name, value in figures.items()} | {"n": found.ratings} | _sources(records)
+
+
+def about(data: Iterable[str]) -> str:
+    "The one dataset that these runs learned from; empty if there are several, or none."
     names = {name.split(",")[0] for name in data}
-    return [cell for cell in cells if not cell.only or not names or cell.only in names]
+    return min(names) if len(names) == 1 else ""
+
+
+def same_pictures(cells: Sequence[Cell], records: Sequence[Mapping[str, Any]]):
+    "In a table of all systems, runs of one seed were measured on the same pictures, or there is no table."
+    found: dict[int, dict[str, str]] = {}
+    for record in records:
+        if any(cell.data and fits(record, cell) for cell in cells): found.setdefault(record["seed"], {})[record["shared_on"]["fingerprint"]] = record["id"]
+    for seed, ids in found.items():
+        if len(ids) > 1: raise RunError(f"seed {seed}: {' and '.join(ids.values())} were measured on different pictures; `crossmodal table all` does it again.")
 
 
 def build_table(
@@ -401,11 +525,34 @@ def build_table(
 ) -> "pd.DataFrame":
     "The table, one line per cell that these data have, with the columns `COLUMNS`."
     import pandas as pd
-    cells = possible(cells, map(data_name, records))
-    rows = [table_row(cell, sorted((record for record in records if fits(record, cell)), key=lambda record: record["seed"])) for cell in cells]
+    data = [data_name(record) for record in records]
+    same_pictures(cells, records)
+    rows = [table_row(cell, sorted((record for record in records if fits(record, cell)), key=lambda record: record["seed"]), about(data))
+            for cell in possible(cells, data)]
     return pd.DataFrame(rows, columns=COLUMNS)
 
+# %% ../../nbs/workbook/00_tables.ipynb #bfc3f6fe
+def rated(
+    cells: Iterable[Cell],
+    data: str = "",                         # a name or a folder; empty: each system's home
+    preset: str = "quick",
+    results: str | Path = "results",
+) -> list[dict[str, Any]]:                  # records
+    "The studies in `results/runs` that answer cells for these data and this preset."
+    found, cells = [], [cell for cell in cells if cell.rated]
+    for path in sorted((Path(results) / "runs").glob("study-*.json")) if cells else ():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        given = {Path(data or find_system(cell.system).home).name for cell in cells if fits(record, cell)}
+        if record["preset"] == preset and record["data"].get("given", record["data"]["name"]) in given: found.append(record)
+    return found
+
 # %% ../../nbs/workbook/00_tables.ipynb #1dabd19f
+def read_table(path: str | Path) -> "pd.DataFrame":
+    "A stored table. Seeds are text: a single one is no number to count with."
+    import pandas as pd
+    return pd.read_csv(path, dtype={"seeds": str})
+
+
 def write_table(
     table: "pd.DataFrame",
     runs: Sequence[Run],
@@ -414,13 +561,12 @@ def write_table(
     force: bool = False,                    # replace a table of another preset or other data
 ) -> Path:
     "Write `<results>/<name>.csv` and `<results>/runs/<id>.json` for every run that it names."
-    import pandas as pd
     path = Path(results) / f"{name}.csv"
     if path.exists() and not force:
         kind = lambda frame: sorted({(row.preset, row.data) for row in frame.dropna(subset=["preset"]).itertuples()})
-        old, new = kind(pd.read_csv(path)), kind(table)
+        old, new = kind(read_table(path)), kind(table)
         ids = lambda frame: {name for cell in frame["runs"].fillna("") for name in cell.split()}
-        lost = ids(pd.read_csv(path)) - ids(table)
+        lost = ids(read_table(path)) - ids(table)
         if old == new and lost:
             raise RunError(f"{path} also stands on {len(lost)} other runs, such as {min(lost)}. Add their seeds, or replace it with --force.")
         if old and old != new: raise RunError(f"{path} holds {old}; this table is {new}. Choose another --results, or replace it with --force.")
@@ -439,9 +585,8 @@ def stored_records(
     path: str | Path,                       # a stored table; its records lie in `runs/` beside it
 ) -> list[dict[str, Any]]:
     "The records of all runs that a stored table names."
-    import pandas as pd
     path = Path(path)
-    names = {name for cell in pd.read_csv(path)["runs"].dropna() for name in cell.split()}
+    names = {name for cell in read_table(path)["runs"].dropna() for name in cell.split()}
     return [json.loads((path.parent / "runs" / f"{name}.json").read_text(encoding="utf-8")) for name in sorted(names)]
 
 
@@ -453,7 +598,7 @@ def check_table(
     import pandas as pd
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist: `crossmodal table` writes it.")
-    stored = pd.read_csv(path, dtype={"seeds": str})
+    stored = read_table(path)
     by_place = {(cell.row, cell.column, cell.metric): cell for cell in possible(cells, stored["data"].dropna())}
     absent = lambda value: pd.isna(value) or value == ""
     for line in stored.itertuples():
@@ -467,17 +612,28 @@ def check_table(
             records.append(json.loads(record.read_text(encoding="utf-8")))
             if records[-1]["id"] != name or records[-1]["status"] != "finished" or not fits(records[-1], cell):
                 raise UnbackedFigure(f"{place}: run {name} does not answer this cell.")
-        fresh = pd.DataFrame([table_row(cell, records)], columns=COLUMNS).iloc[0]
+        fresh = pd.DataFrame([table_row(cell, records, about(stored["data"].dropna()))], columns=COLUMNS).iloc[0]
         for column in COLUMNS:
             old, new = getattr(line, column), fresh[column]
             near = isinstance(old, float) and not absent(new) and abs(old - new) < 2e-3
             if not (absent(old) and absent(new)) and old != new and not near:
                 raise UnbackedFigure(f"{place}: {column} is {old}, the records say {new}.")
+    same_pictures(list(by_place.values()), stored_records(path))
     if gone := set(by_place) - set(zip(stored["row"], stored["column"], stored["metric"])):
         raise UnbackedFigure(f"{path.name} lacks {len(gone)} cells, such as {' / '.join(min(gone))}.")
     return stored
 
 # %% ../../nbs/workbook/00_tables.ipynb #2fee663a
+def decimals(line) -> int:
+    "As many as the interval supports."
+    return 0 if line["high"] - line["low"] > 10 else 1 if line["high"] - line["low"] > .5 else 2
+
+
+def known(value: float | None) -> bool:
+    "Neither None nor NaN, as which a table holds what was not run or not printed."
+    return value is not None and value == value
+
+
 def readable(
     table: "pd.DataFrame",
     metric: str = "",                       # empty: the table's first
@@ -486,22 +642,20 @@ def readable(
     metric = metric or table["metric"].iloc[0]
     part = table[table["metric"] == metric]
     def text(line):
-        if line["ours"] != line["ours"]: return "not run"
-        digits = 0 if line["high"] - line["low"] > 10 else 1 if line["high"] - line["low"] > .5 else 2
-        paper = "" if line["paper"] != line["paper"] or line["paper"] is None else f" ({line['paper']:g})"
+        paper = f" ({line['paper']:g})" if known(line["paper"]) else ""
+        if not known(line["ours"]): return f"not run{paper}"
+        digits = decimals(line)
         between = f" [{line['low']:.{digits}f}, {line['high']:.{digits}f}]" if line["high"] > line["low"] else ""
         return f"{line['ours']:.{digits}f}{between}{paper}"
     cells, ran = part.assign(text=part.apply(text, axis=1)), part[part["ours"].notna()]
-    heading = f"{metric}; seeds {ran['seeds'].iloc[0]}, n {ran['n'].min()}" if len(ran) else metric
+    least, most = ran["n"].min(), ran["n"].max()
+    heading = f"{metric}; seeds {' or '.join(ran['seeds'].unique())}, n {least}" + (f" to {most}" if most > least else "") if len(ran) else metric
     chance = sorted({f"{value:.3g}" for value in ran["chance"].dropna()}, key=float)
     if chance: heading += f", ignoring its input {chance[0]}" + (f" to {chance[-1]}" if len(chance) > 1 else "")
     rows, columns = list(dict.fromkeys(part["row"])), list(dict.fromkeys(part["column"]))
     return cells.pivot(index="row", columns="column", values="text").reindex(index=rows, columns=columns).fillna("-").rename_axis(index=None, columns=heading)
 
 # %% ../../nbs/workbook/00_tables.ipynb #f02e4546
-PICTURE, TEXT, SPEECH = "#0072B2", "#D55E00", "#009E73"     # the book's colours, safe for the colour-blind
-
-
 def plot_table(
     table: "pd.DataFrame",
     metric: str = "",                       # empty: the table's first
@@ -532,15 +686,151 @@ def paired_differences(
     baseline: str,                          # a row
     metric: str = "PSNR (dB)",
 ) -> "pd.DataFrame":                        # rows by columns: "difference [low, high]"
-    "Every row minus the baseline row, paired by seed and held-out number, with the two-level bootstrap interval."
+    "Every row minus the baseline row, paired by seed and item, with the two-level bootstrap interval."
     import pandas as pd
-    by_place = {(cell.row, cell.column): {record["seed"]: measured(record, cell.score)["values"] for record in records if fits(record, cell)}
+    by_place = {(cell.row, cell.column): {record["seed"]: (record, measured(record, cell.score)["values"]) for record in records if fits(record, cell)}
                 for cell in cells if cell.metric == metric}
     table: dict[str, dict[str, str]] = {}
     for (row, column), ours in by_place.items():
         theirs = by_place.get((baseline, column), {})
         seeds = sorted(set(ours) & set(theirs))
         if row == baseline or not seeds: continue
-        difference = bootstrap_mean([np.subtract(ours[seed], theirs[seed]) for seed in seeds])
+        pairs = [np.subtract(ours[seed][1], theirs[seed][1]) for seed in seeds]
+        difference = bootstrap_mean(pairs, same_items([ours[seed][0] for seed in seeds], pairs))
         table.setdefault(column, {})[row] = f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
     return pd.DataFrame(table).rename_axis(columns=f"{metric}, minus {baseline}")
+
+# %% ../../nbs/workbook/00_tables.ipynb #da10fe4e
+AGREES = {"within": ("=", "#cfe5f3"), "above": ("\u25b2", "#fbe0c8"), "below": ("\u25bc", "#fbe0c8"), "": ("", "#fff")}      # sign and colour
+
+
+def agreement(line) -> str:                 # a key of `AGREES`; empty: the paper has no figure, or ours none or no interval
+    "How our figure stands to the paper's."
+    if not (known(line["paper"]) and known(line["ours"])) or line["low"] == line["high"]: return ""
+    if line["low"] <= line["paper"] <= line["high"]: return "within"
+    return "above" if line["ours"] > line["paper"] else "below"
+
+
+def at_chance(line) -> bool:
+    "Whether the interval holds what a system would score that ignores its input."
+    return bool(known(line["chance"]) and line["low"] <= line["chance"] <= line["high"])
+
+
+# %% ../../nbs/workbook/00_tables.ipynb #46ebf95e
+def as_markdown(table: "pd.DataFrame") -> str:
+    "Every measure as a Markdown table."
+    parts = []
+    for metric in dict.fromkeys(table["metric"]):
+        shown, bar = readable(table, metric), lambda cells: "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+        head = [bar(["", *shown.columns]), bar(["---"] * (1 + shown.shape[1]))]
+        parts.append("\n".join([shown.columns.name, "", *head, *(bar([row, *cells]) for row, cells in zip(shown.index, shown.to_numpy())), ""]))
+    return "\n".join(parts)
+
+
+def as_latex(table: "pd.DataFrame") -> str:
+    "Every measure as a LaTeX table, for the package booktabs."
+    signs = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {sign: "\\" + sign for sign in "&%$#_{}"}
+    safe = lambda text: "".join(signs.get(letter, letter) for letter in str(text)).replace("->", r"$\to$")
+    parts = []
+    for metric in dict.fromkeys(table["metric"]):
+        shown, line = readable(table, metric), lambda cells: " & ".join(map(safe, cells)) + r" \\"
+        body = [line([row, *cells]) for row, cells in zip(shown.index, shown.to_numpy())]
+        begin = [r"\begin{table}", rf"\caption{{{safe(shown.columns.name)}}}", rf"\begin{{tabular}}{{l{'r' * shown.shape[1]}}}", r"\toprule"]
+        parts.append("\n".join([*begin, line(["", *shown.columns]), r"\midrule", *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]))
+    return "\n".join(parts)
+
+# %% ../../nbs/workbook/00_tables.ipynb #6261a23e
+SORT = ("const h=this.closest('th'),b=h.closest('table').tBodies[0],k=[...h.parentNode.children].indexOf(h),up=h.getAttribute('aria-sort')!=='ascending';"
+        "[...b.rows].sort((p,q)=>{const[x,y]=[p,q].map(r=>r.cells[k].dataset.value??r.cells[k].textContent);"
+        "return(isNaN(x-y)?x.localeCompare(y):x-y)*(up?1:-1)}).forEach(r=>b.append(r));"
+        "for(const o of h.parentNode.children)o.removeAttribute('aria-sort');h.setAttribute('aria-sort',up?'ascending':'descending')")
+TABLE_STYLE = """<style>.cm-table { color: #111; background: #fff; font: 14px/1.35 system-ui, sans-serif; max-width: 70rem; overflow-x: auto; }
+.cm-table table { border-collapse: collapse; margin: .2rem 0 .8rem; }
+.cm-table td, .cm-table th { padding: .25rem .6rem; text-align: left; border: 1px solid #ccc; }
+.cm-table th button { font: inherit; font-weight: 600; background: none; border: 0; padding: 0; cursor: pointer; text-align: left; }
+.cm-table th button::after { content: " \\2195"; color: #777; } .cm-table th[aria-sort=ascending] button::after { content: " \\2191"; }
+.cm-table th[aria-sort=descending] button::after { content: " \\2193"; } .cm-table small { color: #333; white-space: nowrap; }
+.cm-table a { color: #0645ad; text-decoration: underline; }
+.cm-table .chance { color: #666; font-style: italic; } .cm-table summary { cursor: pointer; font-weight: 600; } .cm-table p { margin: .3rem 0; }</style>"""
+
+
+def _cell_html(line) -> str:
+    if line is None: return "<td>-</td>"
+    beside = [f"paper {line['paper']:g} {AGREES[agreement(line)][0]}".strip()] if known(line["paper"]) else []
+    if not known(line["ours"]): return f'<td data-value="-Infinity">not run<br><small>{"".join(beside)}</small></td>'
+    digits, colour = decimals(line), AGREES[agreement(line)][1]
+    between = f" <small>[{line['low']:.{digits}f}, {line['high']:.{digits}f}]</small>" if line["high"] > line["low"] else ""
+    if known(line["chance"]): beside.append(f"ignoring its input {line['chance']:.3g}")
+    begin = f'<td data-value="{line["ours"]}" style="background:{colour}"' + ' class="chance"' * at_chance(line)
+    return f'{begin}><b>{line["ours"]:.{digits}f}</b>{between}<br><small>{", ".join(beside)}</small></td>'
+
+
+def metric_html(
+    table: "pd.DataFrame",
+    metric: str,
+) -> str:
+    "One measure: rows as in the paper, a column sorted by a click on its heading."
+    part = table[table["metric"] == metric]
+    rows, columns = list(dict.fromkeys(part["row"])), list(dict.fromkeys(part["column"]))
+    lines = {(line["row"], line["column"]): line for _, line in part.iterrows()}
+    head = "".join(f'<th scope="col"><button onclick="{html.escape(SORT)}">{html.escape(name)}</button></th>' for name in ["row", *columns])
+    cells = {row: "".join(_cell_html(lines.get((row, column))) for column in columns) for row in rows}
+    body = "".join(f'<tr><th scope="row">{html.escape(row)}</th>{found}</tr>' for row, found in cells.items())
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+# %% ../../nbs/workbook/00_tables.ipynb #00ca323b
+def table_html(
+    table: "pd.DataFrame",
+    name: str = "table",                    # of the files that can be taken away
+) -> str:
+    "A table with its measures to unfold (the first is open), signs explained, runs behind it, and the links."
+    parts = []
+    for metric in dict.fromkeys(table["metric"]):
+        heading, unfolded = html.escape(readable(table, metric).columns.name), "" if parts else " open"
+        parts.append(f"<details{unfolded}><summary>{heading}</summary>{metric_html(table, metric)}</details>")
+    files = {"csv": table.to_csv(index=False), "md": as_markdown(table), "tex": as_latex(table)}
+    link = lambda end, text: f'<a download="{html.escape(name)}.{end}" href="data:text/plain;charset=utf-8,{quote(text)}">{end.upper()}</a>'
+    links = " ".join(link(end, text) for end, text in files.items())
+    ran = sorted({run for cell in table["runs"].fillna("") for run in cell.split()})
+    behind = f"<details><summary>{len(ran)} runs behind it</summary><p>{'<br>'.join(map(html.escape, ran))}</p></details>"
+    signs = ("In brackets the 95 % interval. =: the paper's figure lies in it; \u25b2, \u25bc: ours is above, below. "
+             "Grey: our interval holds what a system scores that ignores its input.")
+    return f'{TABLE_STYLE}<div class="cm-table">{"".join(parts)}<p><small>{signs}</small></p>{behind}<p>take it along: {links}</p></div>'
+
+# %% ../../nbs/workbook/00_tables.ipynb #84fedde9
+class TableView(ShownTwice):
+    "A table to sort, to take along and, with a kernel, to compute again from some of its runs."
+
+    def __init__(self,
+        cells: Sequence[Cell],
+        records: Sequence[Mapping[str, Any]],
+        name: str = "table",                # of the files that can be taken away
+    ):
+        self.cells, self.name = list(cells), name
+        self.records = [record for record in records if any(fits(record, cell) for cell in cells)]
+        self.table = build_table(cells, self.records)
+
+    def _repr_html_(self) -> str: return table_html(self.table, self.name)
+
+    @cached_property
+    def labels(self) -> dict[str, Mapping[str, Any]]:
+        "Records by what a reader can tell them apart by."
+        found = {}
+        for record in self.records:
+            rows = ", ".join(dict.fromkeys(cell.row for cell in self.cells if fits(record, cell)))
+            found[f"{rows}, seed {record['seed']} ({record['id'].rsplit('-', 1)[1]})"] = record
+        return found
+
+    @cached_property
+    def widget(self):
+        "The table under a list of runs."
+        import ipywidgets as widgets
+        names, wide = list(self.labels), widgets.Layout(width="auto", max_width="44rem")
+        runs = widgets.SelectMultiple(options=names, value=names, rows=min(6, len(names)), description="runs:", layout=wide)
+        out = widgets.HTML(self._repr_html_(), layout=widgets.Layout(width="auto"))
+
+        def show(change):
+            self.table = build_table(self.cells, [self.labels[name] for name in change["new"]])
+            out.value = self._repr_html_()
+        runs.observe(show, "value")
+        return widgets.VBox([runs, out])

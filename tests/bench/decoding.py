@@ -3,10 +3,10 @@
     python tests/bench/decoding.py [--repeats 5]
 
 Ours: an encoder looks at each picture once, and every word is one step of the GRU from the state before it. Peers, as scripts that people
-copy write it (catr's predict.py calls the whole model for each token): for every new word the decoder reads the sentence again from
-<start>, (a) with the picture's code kept, (b) with the picture's encoder run again as well. Peers use the same `write_greedily` and
-`write_beams`; only their step differs. They score every position and use the last, as such scripts do; but they read no pads, and in (b) the encoder looks
-at each picture once a word, not once a beam: both favour the peers. All must write the same words, and beams find the same probabilities;
+copy write it, read the sentence again from <start> for every new word: (a) with the picture's code kept; (b) with the encoder run again as well,
+once a word; (c) as catr's predict.py does, which calls the whole model for each token: the encoder looks at the picture of every beam, and the decoder
+scores all positions of a sentence of the full length, pads included. Peers use the same `write_greedily` and `write_beams`; only their step differs.
+In (a) and (b) they read no pads, which favours them. All must write the same words, and beams find the same probabilities;
 then they take turns. The captioner's weights are random: they do not change the speed."""
 import argparse
 import json
@@ -43,12 +43,13 @@ def main():
     @torch.no_grad()
     def look(images): return F.normalize(encoder(images)[0].clamp(min=0), dim=1)
 
-    def again(codes_of):
-        "A step whose state is the pictures' numbers and all words so far."
+    def again(codes_of, positions=1):
+        "A step whose state is the pictures' numbers and all words so far, with room for this many positions at least."
         def step(words, state):
             rows, prefix = state
             prefix = torch.cat([prefix, words[:, None]], 1)
-            return model(codes_of(rows), F.pad(prefix, (0, 1)))[:, -1], (rows, prefix)
+            said = prefix.shape[1]
+            return model(codes_of(rows), F.pad(prefix, (0, 1 + max(positions - said, 0))))[:, said - 1], (rows, prefix)
         return step
 
     def looked_at_again(rows):
@@ -66,10 +67,11 @@ def main():
     report = {"torch": torch.__version__, "threads": args.threads, "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
               "pictures": args.pictures, "words": WORDS, "vocabulary": args.vocabulary, "encoder": encoder.name, "repeats": args.repeats}
     for name, write in (("greedy", greedy), (f"beams of {args.width}", beams)):
-        for what, codes_once, codes_again in (("decoder", lambda: codes, lambda rows: codes[rows]),
-                                              ("encoder and decoder", lambda: look(images), looked_at_again)):
+        for what, codes_once, step in (("decoder", lambda: codes, again(lambda rows: codes[rows])),
+                                       ("encoder and decoder", lambda: look(images), again(looked_at_again)),
+                                       ("whole model", lambda: look(images), again(lambda rows: look(images[rows]), WORDS))):
             ways = {"kept": lambda write=write, once=codes_once: write(model.step, begin(once())),
-                    "again": lambda write=write, anew=codes_again: write(again(anew), nothing)}
+                    "again": lambda write=write, step=step: write(step, nothing)}
             (words, totals), (theirs, their_totals) = (run() for run in ways.values())      # this also warms both up
             assert words.shape[1] == WORDS and torch.equal(words, theirs), f"{name}, {what}: both ways must write the same {WORDS} words."
             if totals is not None: torch.testing.assert_close(totals, their_totals, atol=1e-3, rtol=1e-5)

@@ -210,6 +210,6 @@ def test_refusals():
     }
     for words, bad in bad_clouds.items():
         for loss in (mmd2, root_mmd, one_sided):
-            with pytest.raises(ValueError, match=words): loss(x, bad)
+            with pytest.raises(FloatingPointError if words in ("NaN", "infinity") else ValueError, match=words): loss(x, bad)
     with pytest.raises(ValueError, match="bandwidths"): mmd2(x, x, ())
     with pytest.raises(ValueError, match="same pictures"): colour_consistency(torch.zeros(2, 3, 4, 4), torch.zeros(1, 3, 4, 4))

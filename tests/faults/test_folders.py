@@ -2,23 +2,27 @@
 import errno
 import gzip
 import json
+import multiprocessing
+import os
 import shutil
 import struct
+import time
 import warnings
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from crossmodal.data.captioned import open_dataset
 from crossmodal.data.digits import MNIST_FILES, digit_pools, read_idx
-from crossmodal.metrics.reading import train_reader
 from crossmodal.systems import embedmap, experiments
 from crossmodal.systems.experiments import evaluate, load, plan, resume, train
-from crossmodal.training import checkpoint
-from crossmodal.training.checkpoint import TornCheckpoint, checkpoints, latest_checkpoint, read_checkpoint, save_checkpoint
-from crossmodal.training.runs import RunError, create_run, open_run
+from crossmodal.training import runs
+from crossmodal.training.checkpoint import NotSaved, TornCheckpoint, checkpoints, latest_checkpoint, read_checkpoint, save_checkpoint
+from crossmodal.training.runs import RunError, locked, new_run, open_run
 
 SMALL = {"autoencoder": "mlp-vae"}
 CHECKPOINT_FILES = ("model.safetensors", "training.safetensors", "state.json")
@@ -71,12 +75,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    "A finished run; tests copy it. Its reader of digits learns for 30 steps instead of 1,500: how well it reads is not asked here."
-    reader = train_reader(digit_pools("digits")["train"], steps=30)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedmap, "digit_reader", lambda source: reader)
-        yield train("embedmap", preset="smoke", out=tmp_path_factory.mktemp("trained") / "run", changes=SMALL, quiet=True).folder
+def trained(tmp_path_factory, hasty_reader):
+    "A finished run; tests copy it."
+    return train("embedmap", preset="smoke", out=tmp_path_factory.mktemp("trained") / "run", changes=SMALL, quiet=True).folder
 
 
 @pytest.fixture
@@ -199,10 +200,75 @@ def test_folder_of_foreign_files_is_refused_and_untouched(tmp_path):
 
 def test_force_moves_the_old_run_aside_whole(run):
     before = contents(run)
-    config, data = plan("embedmap", preset="smoke", changes=SMALL)
-    for _ in range(2): create_run(run, "embedmap", config, "smoke", data, force=True)
+    config, _, data, _ = plan("embedmap", preset="smoke", changes=SMALL)
+    for _ in range(2):
+        with new_run(run, "embedmap", config, "smoke", data, force=True): pass
     assert contents(run.with_name("run.old-1")) == before
-    assert list(contents(run.with_name("run.old-2"))) == ["run.json"] == list(contents(run))
+    assert contents(run.with_name("run.old-2")).keys() - {".lock"} == {"run.json"} == contents(run).keys() - {".lock"}
+
+
+def start_together(folder, name, other, force):
+    "In a process of its own: come to where the folder was found empty and the record is not yet written, and wait there for the other one."
+    torch.set_num_threads(1)
+    place, versions, begin = folder.parent, runs.versions, embedmap.AutoencoderPhase.begin
+
+    def wait_for(what):
+        end = time.monotonic() + 60
+        while not (place / what).exists() and time.monotonic() < end: time.sleep(.01)
+
+    def together():
+        (place / f"{name} is in").touch()
+        wait_for(f"{other} is in")
+        return versions()
+    runs.versions, embedmap.EmbedMap.evaluate = together, lambda self, test: {}
+    embedmap.AutoencoderPhase.begin = lambda self: wait_for(f"{other} is refused") or begin(self)          # no checkpoint is written until then
+    try: train("embedmap", preset="smoke", out=folder, changes=SMALL | {"per_number": 4}, force=force, quiet=True)
+    except RunError as error:
+        for what in ("in", "refused"): (place / f"{name} is {what}").write_text(str(error))
+        os._exit(3)
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["into nothing", "over an old run"])
+def test_of_two_that_start_at_once_one_is_refused_and_removes_nothing(tmp_path, force):
+    folder = tmp_path / "run"
+    if force:
+        folder.mkdir()
+        (folder / "old.txt").write_text("of another day")
+    both = [multiprocessing.get_context("fork").Process(target=start_together, args=(folder, *names, force)) for names in ("ab", "ba")]
+    for child in both: child.start()
+    for child in both: child.join(300)
+    assert sorted(child.exitcode for child in both) == [0, 3]
+    refused, = tmp_path.glob("* is refused")
+    assert "is being trained by another process" in refused.read_text() or "is not empty" in refused.read_text()
+    assert open_run(folder).finished and latest_checkpoint(folder / "checkpoints")
+    if force: assert (tmp_path / "run.old-1" / "old.txt").exists() and not (tmp_path / "run.old-2").exists()
+
+
+def test_a_folder_that_is_trained_in_is_not_cleared_by_who_is_refused(tmp_path):
+    "Not even if it holds nothing yet but a record."
+    config, _, data, _ = plan("embedmap", preset="smoke", changes=SMALL)
+    with new_run(tmp_path / "run", "embedmap", config, "smoke", data) as ours:
+        before = contents(ours.folder)
+        for force in (False, True):
+            with pytest.raises(RunError): train("embedmap", preset="smoke", out=ours.folder, changes=SMALL, force=force, quiet=True)
+        with pytest.raises(RunError, match="by another process at this moment"): resume(ours.folder, quiet=True)
+        assert contents(ours.folder) == before
+
+
+def test_the_lock_of_a_folder_that_was_moved_aside_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    "Asked for in the folder, got in `old`: what now has the folder's name belongs to another."
+    folder, acquire = tmp_path / "run", FileLock.acquire
+    folder.mkdir()
+
+    def late(self, **options):
+        lock = acquire(self, **options)
+        folder.rename(tmp_path / "old")
+        folder.mkdir()
+        return lock
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="by another process"):
+        patch.setattr(FileLock, "acquire", late)
+        with locked(folder): pass
+    with locked(folder), locked(tmp_path / "old"): pass                     # neither is held any more
 
 
 @pytest.mark.parametrize("use", [load, evaluate, resume])
@@ -293,23 +359,23 @@ def test_what_a_killed_writer_left_is_ignored_and_overwritten(run):
 
 
 def full_disk(monkeypatch, after):
-    "From the `after`-th file on, `save_file` writes half a file and fails, as it would on a full disk."
-    written, save_file = [], checkpoint.save_file
+    "The `after`-th file of checkpoints is written half, and fails as it would on a full disk."
+    written, write_bytes = [], Path.write_bytes
 
-    def save(tensors, path):
+    def write(path, data):
+        if path.parent.suffix != ".part": return write_bytes(path, data)
         written.append(path)
-        save_file(tensors, path)
-        if len(written) >= after:
-            cut(path)
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-    monkeypatch.setattr(checkpoint, "save_file", save)
+        if len(written) < after: return write_bytes(path, data)
+        write_bytes(path, data[:len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    monkeypatch.setattr(Path, "write_bytes", write)
 
 
-@pytest.mark.parametrize("after", [1, 2], ids=["model", "training"])
+@pytest.mark.parametrize("after", [1, 2, 3], ids=["model", "training", "state"])
 def test_full_disk_leaves_older_checkpoints_readable(run, monkeypatch, after):
     folder = run / "checkpoints"
     older = {path.name: contents(path) for path in checkpoints(folder)}
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
+    with monkeypatch.context() as patch, pytest.raises(NotSaved, match="free some, then go on with `crossmodal resume"):
         full_disk(patch, after)
         save_checkpoint(folder, {"w": torch.ones(2)}, {"step": torch.ones(1)})
     assert {path.name: contents(path) for path in checkpoints(folder)} == older
@@ -318,10 +384,10 @@ def test_full_disk_leaves_older_checkpoints_readable(run, monkeypatch, after):
 
 
 def test_training_that_filled_the_disk_is_resumed_to_the_same_end(trained, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
-        full_disk(patch, after=6)                       # two files each: the third checkpoint, in its second file
+    with monkeypatch.context() as patch, pytest.raises(NotSaved, match="free some, then go on with `crossmodal resume"):
+        full_disk(patch, after=5)                       # three files each: the second checkpoint, in its second file
         train("embedmap", preset="smoke", out=tmp_path / "run", changes=SMALL, quiet=True)
-    assert open_run(tmp_path / "run").record["status"] == "running" and len(checkpoints(tmp_path / "run" / "checkpoints")) == 2
+    assert open_run(tmp_path / "run").record["status"] == "running" and len(checkpoints(tmp_path / "run" / "checkpoints")) == 1
     run = resume(tmp_path / "run", quiet=True)
     assert same(load(run.folder).state_dict(), load(trained).state_dict()) and run.record["scores"] == open_run(trained).record["scores"]
 
