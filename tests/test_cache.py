@@ -84,7 +84,7 @@ def test_a_killed_builder_leaves_nothing_that_looks_finished(made_up):
 
 def test_two_builders_at_once_build_once(made_up):
     both = [builder(made_up) for _ in range(2)]
-    said = [process.communicate(timeout=60) for process in both]
+    said = [process.communicate(timeout=300) for process in both]
     assert all(process.returncode == 0 for process in both), said
     assert len({out.split()[-1] for out, _ in said}) == 1
     assert_whole(made_up)

@@ -94,7 +94,7 @@ def names(folder): return sorted(path.name for path in Path(folder).iterdir())
 def files(folder): return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def quick(addresses, out, **known): return fetch([addresses] if isinstance(addresses, str) else addresses, out, **({"pause": .001, "timeout": .3} | known))
+def quick(addresses, out, **known): return fetch([addresses] if isinstance(addresses, str) else addresses, out, **({"pause": .001, "timeout": 1.} | known))
 
 
 def test_cut_at_random_places(serve, tmp_path):
@@ -166,8 +166,8 @@ def test_a_server_without_marks(serve, tmp_path):
     (lambda request, path, start: send(request, body=b"", status=204), "204"),
     (lambda request, path, start: send(request, body=b"", status=302, Location=path), "redirects"),
     (lambda request, path, start: send(request, body=b"", status=302, Location="file:///etc/passwd"), "No connection adapters"),
-    (lambda request, path, start: time.sleep(.6), "timed out"),
-    (lambda request, path, start: (send(request, count=1000, ETag='"one"'), time.sleep(.6)), "timed out"),
+    (lambda request, path, start: time.sleep(2), "timed out"),
+    (lambda request, path, start: (send(request, count=1000, ETag='"one"'), time.sleep(2)), "timed out"),
     (lambda request, path, start: None, "RemoteDisconnected|Connection"),
 ], ids=["too short", "length too short", "length too long", "endless", "wrong sum", "web page", "hidden web page", "404", "503", "204", "redirect loop",
         "redirect to a file", "hangs at once", "hangs later", "says nothing"])
@@ -233,7 +233,7 @@ def start():
         return int(process.stdout.readline()), lambda: int(process.stdout.readline())
     yield job
     process.stdin.close()
-    process.wait(timeout=30)
+    process.wait(timeout=300)
 
 
 FETCHER = """

@@ -266,10 +266,10 @@ def test_in_jupyterlab_the_same_sheet_has_the_same_keys(page, tmp_path):
     try:
         wait_for(port, lab)
         page.goto(f"http://127.0.0.1:{port}/lab/tree/sheet.ipynb?token=x")
-        page.locator(".jp-Notebook .cm-content").click(timeout=60_000)
-        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=60_000)
+        page.locator(".jp-Notebook .cm-content").click()
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
         page.keyboard.press("Control+Enter")
-        page.locator(".xm-sheet[role=region]").wait_for(timeout=60_000)
+        page.locator(".xm-sheet[role=region]").wait_for()
         page.get_by_role("button", name="I agree").click()
         page.locator("img[alt='picture B']").click()
         page.locator(".xm-key-2.xm-chosen").wait_for()
@@ -338,7 +338,7 @@ class Line:
     def __init__(self, server, kernel, protocol):
         import websocket
         address = f"ws://127.0.0.1:{server.port}/api/kernels/{kernel}/channels?session_id=x"
-        self.socket, self.protocol = websocket.create_connection(address, timeout=20, subprotocols=[protocol] if protocol else []), protocol
+        self.socket, self.protocol = websocket.create_connection(address, timeout=90, subprotocols=[protocol] if protocol else []), protocol
 
     def send(self, kind, content, channel, header=None):
         from jupyter_server.services.kernels.connection.base import serialize_msg_to_ws_v1
@@ -402,6 +402,7 @@ def test_many_raters_at_once_lose_nothing_when_the_server_is_killed(chromium, tm
     items = [Item(f"sentence {k}", {SECRET: dots(1 + k % 9)}) for k in range(each)]
     server, started = Server(create_study(tmp_path / "sheet", "scores", items, raters, share=0, seed=2)), time.monotonic()
     context = chromium.new_context(viewport={"width": 800, "height": 900})
+    context.set_default_timeout(90_000)
     pages = {rater: context.new_page() for rater in server.tokens}
     try:
         for rater, page in pages.items(): page.goto(server.link(rater), wait_until="commit")
@@ -419,7 +420,7 @@ def test_many_raters_at_once_lose_nothing_when_the_server_is_killed(chromium, tm
                 server.start()
                 for page in list(busy.values())[::2]: reload(page)          # the others notice by themselves
             for rater, page in busy.items():
-                page.wait_for_function(ANSWERED_OR_NEW, arg=shown[rater], timeout=90_000)
+                page.wait_for_function(ANSWERED_OR_NEW, arg=shown[rater])
                 assert answered(page) in (shown[rater], shown[rater] + 1)   # what was shown as saved is saved
                 shown[rater] = answered(page)
         seconds = time.monotonic() - started

@@ -44,7 +44,6 @@ def site(tmp_path_factory):
 @pytest.fixture
 def visit(page, site):
     "Open a page of the site; every request that leaves the folder is a complaint."
-    page.set_default_timeout(20_000)
     page.on("request", lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else page.complaints.append(f"asked for {request.url}"))
     return lambda name, asked="": page.goto((site / name).as_uri() + asked)
 

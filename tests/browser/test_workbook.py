@@ -67,7 +67,7 @@ def lab(desk, settings, tmp_path_factory):
     yield f"http://127.0.0.1:{port}/doc/tree/{{}}?token=secret&reset"
     child.send_signal(signal.SIGINT)        # twice: the second is the answer to "shut down?"
     child.send_signal(signal.SIGTERM)
-    child.wait(30)
+    child.wait(90)
 
 
 STATE = """() => {
@@ -82,7 +82,7 @@ STATE = """() => {
 def run_all(page, lab: str, notebook: str, seconds: int = 300) -> None:
     "Open a notebook, run it, and wait for its end; an error in any cell fails."
     page.goto(lab.format(notebook))
-    page.wait_for_function(f"() => ({STATE})()?.status === 'idle'", timeout=60_000)
+    page.wait_for_function(f"() => ({STATE})()?.status === 'idle'")
     page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
     end = time.time() + seconds
     while time.time() < end:
@@ -144,13 +144,13 @@ def ask_explorer(page, question: str) -> None:
     live.scroll_into_view_if_needed()
     live.locator("input[type=text]").first.fill(question)
     live.locator("input[type=text]").first.press("Enter")
-    live.locator(".cm-explorer b", has_text=question).first.wait_for(timeout=20_000)
-    live.get_by_text("drawn and written in").wait_for(timeout=20_000)
+    live.locator(".cm-explorer b", has_text=question).first.wait_for()
+    live.get_by_text("drawn and written in").wait_for()
     assert live.locator("section img").count() > 3
     number = live.locator("input[type=number]").first
     number.fill("2")
     number.press("Enter")
-    live.get_by_text("asked: no. 2").first.wait_for(timeout=20_000)
+    live.get_by_text("asked: no. 2").first.wait_for()
 
 
 @pytest.mark.parametrize("name", CHOSEN)
@@ -168,6 +168,7 @@ def test_a_static_page_shows_everything_without_kernel_or_network(chromium, desk
     file = render(desk / "nbs" / "workbook" / "07_sdn.ipynb", tmp_path / "page.html", keys)
     for scripts, width in ((True, 1280), (True, 390), (False, 1280)):
         context = chromium.new_context(viewport={"width": width, "height": 900}, java_script_enabled=scripts)
+        context.set_default_timeout(90_000)
         page, complaints = context.new_page(), []
         page.on("pageerror", lambda error, to=complaints: to.append(str(error)))
         page.on("request", lambda request, to=complaints: None if request.url.startswith(("file:", "data:")) else to.append(request.url))
@@ -197,10 +198,10 @@ def test_a_training_is_watched_while_it_goes_on(page, lab, desk):
                 "metadata": {"kernelspec": {"name": "python3", "display_name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}
     (desk / "watch.ipynb").write_text(json.dumps(notebook))
     run_all(page, lab, "watch.ipynb")
-    page.get_by_text("running, phase match, epoch 1").wait_for(timeout=20_000)
+    page.get_by_text("running, phase match, epoch 1").wait_for()
     before = page.locator("img[alt^='curves of']").get_attribute("src")
     (run.folder / "metrics.jsonl").write_text("".join(lines))
-    page.get_by_text("running, phase match, epoch 3").wait_for(timeout=20_000)          # nobody pressed anything
+    page.get_by_text("running, phase match, epoch 3").wait_for()          # nobody pressed anything
     assert page.locator("img[alt^='curves of']").get_attribute("src") != before
     open_run(run.folder).save(status="finished")
-    page.get_by_text("finished, phase match, epoch 3").wait_for(timeout=20_000)
+    page.get_by_text("finished, phase match, epoch 3").wait_for()

@@ -213,7 +213,7 @@ def start_together(folder, name, other, force):
     place, versions, begin = folder.parent, runs.versions, embedmap.AutoencoderPhase.begin
 
     def wait_for(what):
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while not (place / what).exists() and time.monotonic() < end: time.sleep(.01)
 
     def together():

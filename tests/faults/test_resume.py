@@ -91,7 +91,7 @@ def test_signal_leaves_a_checkpoint_that_leads_to_the_same_end(start, tmp_path, 
     child = start(wait_at=step)
     wait_until((tmp_path / "run" / "waiting").exists, child)
     child.send_signal(number)
-    assert child.wait(60) == 1
+    assert child.wait(300) == 1
     last = (tmp_path / "output.txt").read_text().splitlines()[-1]
     assert "Interrupted: stopped at phase " in last and f"step {step}" in last
     found = latest_checkpoint(tmp_path / "run" / "checkpoints").state
