@@ -16,13 +16,12 @@ from tyro.conf import Positional, arg
 
 from .data.captioned import DATASETS, open_dataset
 from .data.digits import data_folder
-from .data.store import SOURCES, StoreError
+from .data.store import SOURCES
 from .systems import experiments
 from .systems.base import Score, abilities
 from .systems.experiments import SYSTEMS
-from .training.checkpoint import NotSaved
 from .training.config import differences, parse_overrides
-from .training.loop import Diverged, Interrupted, Unreadable
+from .training.loop import Diverged, Interrupted
 from .training.processes import join
 from .training.runs import Run
 
@@ -302,7 +301,7 @@ def main(
         return tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="crossmodal", args=words, sort_subcommands=False,
             description="Five systems that translate between pictures, sentences and speech: train, measure, compare.") or 0
-    except (ValueError, FileNotFoundError, StoreError, Diverged, NotSaved, Unreadable) as error:
+    except (ValueError, OSError, Diverged) as error:
         print(f"crossmodal: {error}", file=sys.stderr)
         return 2
     except Interrupted as error:

@@ -140,6 +140,7 @@ def new_run(
     if _in_the_way(folder):
         if not force: raise taken
         with locked(folder) if folder.is_dir() else nullcontext():         # not while somebody trains there
+            if folder.is_dir() and not _in_the_way(folder): raise taken    # another one has moved it aside, and begins in its place
             k = 1
             while (aside := folder.with_name(f"{folder.name}.old-{k}")).exists(): k += 1
             os.rename(folder, aside)

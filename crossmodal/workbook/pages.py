@@ -58,7 +58,7 @@ def execute(
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
     content = nbformat.read(notebook, as_version=4)
-    client = NotebookClient(content, timeout=900, startup_timeout=180, kernel_name="python3", extra_arguments=["--log-level=ERROR"],
+    client = NotebookClient(content, timeout=900, startup_timeout=180, iopub_timeout=180, kernel_name="python3", extra_arguments=["--log-level=ERROR"],
                             resources={"metadata": {"path": str(notebook.parent.resolve())}})
     try: client.execute(env=os.environ | environment)
     except CellExecutionError as error: raise PageFailed(f"{notebook}: a cell failed.\n{error}") from error

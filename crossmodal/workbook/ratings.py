@@ -350,7 +350,7 @@ def serve(
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: trial.bind((host, port))
-        except OSError as error: raise StudyError(f"cannot listen at {host}:{port} ({error.strerror}): choose another --port.") from error
+        except (OSError, OverflowError) as error: raise StudyError(f"cannot listen at {host}:{port} ({error}): choose another --port.") from error
     with tempfile.TemporaryDirectory(prefix="rating-") as place:
         folder = Path(place)
         template = folder / "jupyter" / "voila" / "templates" / "rating"

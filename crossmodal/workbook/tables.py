@@ -391,6 +391,8 @@ def asked_runs(
     changes: Mapping[str, Any] = {},        # for all trainings, such as `speech`
 ) -> dict[str, tuple[str, dict[str, Any]]]: # name of a run -> its system and what its configuration changes
     "The runs that cells ask for, seed by seed."
+    told = {"seed"} | {key for cell in cells for key in cell.changes}
+    if told & set(changes): raise ValueError(f"{', '.join(sorted(told & set(changes)))}: the table says this itself, row by row; seeds are given as --seeds.")
     data = data or next((cell.data for cell in cells if cell.data), "")
     names = {system: plan(system, data, preset, changes).data["name"] for system in {cell.system for cell in cells if cell.only and not cell.rated}}
     fitting = [cell for cell in cells if possible([cell], [names[cell.system]] if cell.system in names else ())]

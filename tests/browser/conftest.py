@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PATIENCE = 90_000                   # milliseconds: it ends what hangs, and never what is slow
+PATIENCE = 300_000                  # milliseconds: it ends what hangs, and never what is slow
 QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 

@@ -36,7 +36,7 @@ def free_port():
 
 def wait_for(port, process):
     "Until somebody listens."
-    until = time.monotonic() + 90
+    until = time.monotonic() + 300
     while time.monotonic() < until and process.poll() is None:
         try: return socket.create_connection(("127.0.0.1", port), 1).close()
         except OSError: time.sleep(.05)
@@ -121,7 +121,7 @@ def enter(page, server, rater):
     page.goto(server.link(rater))
     page.locator(".xm-sheet[role=region] button").first.wait_for()
     if page.get_by_role("button", name="I agree").count(): page.get_by_role("button", name="I agree").click()
-    page.locator(".xm-progress").wait_for()
+    page.wait_for_function(f"() => document.querySelector('.xm-progress') && {READY}")
 
 
 # One rater
@@ -174,6 +174,7 @@ def test_a_slow_double_click_does_not_judge_what_nobody_saw(page, scores):
     "A hand's second click comes when the next item already lies under the mouse."
     enter(page, scores, 6)
     for count in (1, 2):
+        page.wait_for_function("() => [...document.querySelectorAll('.xm-sheet img')].every(image => image.complete)")          # nothing moves any more
         box = page.get_by_role("button", name="1 unrelated").bounding_box()
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         page.mouse.down(click_count=count)                      # as a browser counts clicks that are close in time and place
@@ -268,9 +269,10 @@ def test_in_jupyterlab_the_same_sheet_has_the_same_keys(page, tmp_path):
         page.goto(f"http://127.0.0.1:{port}/lab/tree/sheet.ipynb?token=x")
         page.locator(".jp-Notebook .cm-content").click()
         page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
-        page.keyboard.press("Control+Enter")
+        page.locator(".jp-Notebook .cm-content").press("Control+Enter")
         page.locator(".xm-sheet[role=region]").wait_for()
         page.get_by_role("button", name="I agree").click()
+        page.wait_for_function("() => " + READY)
         page.locator("img[alt='picture B']").click()
         page.locator(".xm-key-2.xm-chosen").wait_for()
         press(page, "1")
@@ -292,7 +294,7 @@ def test_without_a_token_nothing_is_started(page, scores):
         answers.add((status, body))
     [(status, body)] = answers                                  # one and the same answer
     assert status == 403 and b"not valid" in body and b"kernel" not in body
-    assert scores.kernels() == before
+    assert set(scores.kernels()) <= set(before)                 # one that idles may go
     page.goto(f"http://127.0.0.1:{scores.port}/?rater=forged")
     assert "not valid" in page.locator("body").inner_text()
 
@@ -402,10 +404,9 @@ def test_many_raters_at_once_lose_nothing_when_the_server_is_killed(chromium, tm
     items = [Item(f"sentence {k}", {SECRET: dots(1 + k % 9)}) for k in range(each)]
     server, started = Server(create_study(tmp_path / "sheet", "scores", items, raters, share=0, seed=2)), time.monotonic()
     context = chromium.new_context(viewport={"width": 800, "height": 900})
-    context.set_default_timeout(90_000)
+    context.set_default_timeout(300_000)
     pages = {rater: context.new_page() for rater in server.tokens}
     try:
-        for rater, page in pages.items(): page.goto(server.link(rater), wait_until="commit")
         for rater, page in pages.items(): enter(page, server, rater)
         deaths, shown = {(k + 1) * each // (kills + 1) for k in range(kills)}, dict.fromkeys(pages, 0)
         while min(shown.values()) < each:

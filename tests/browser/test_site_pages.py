@@ -69,6 +69,7 @@ def test_a_crawl_at_a_phones_width(visit, page, site):
         page.complaints.clear()
         visit(name)
         if page.locator("script[type='application/vnd.jupyter.widget-view+json']").count(): page.locator(".jupyter-widgets").first.wait_for()
+        page.evaluate("() => window.MathJax?.startup?.promise?.then(() => null)")           # formulas are set
         faults += [f"{name}: {complaint}" for complaint in page.complaints]
         if (width := page.evaluate("document.documentElement.scrollWidth")) > 390: faults.append(f"{name}: {width} pixels wide")
         unnamed = page.evaluate("[...document.querySelectorAll('article img')].filter(image => !image.alt).length")

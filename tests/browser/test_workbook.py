@@ -54,16 +54,17 @@ def lab(desk, settings, tmp_path_factory):
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(value))
     own = {f"JUPYTER{name}": str(place / name.lower()) for name in ("_CONFIG_DIR", "_RUNTIME_DIR", "LAB_WORKSPACES_DIR")}
-    options = {"ServerApp.port": port, "ServerApp.root_dir": desk, "IdentityProvider.token": "secret", "ServerApp.open_browser": False,
-               "ServerApp.allow_root": True, "LabApp.expose_app_in_browser": True, "LabApp.news_url": None,
+    options = {"ServerApp.port": port, "ServerApp.port_retries": 0, "ServerApp.root_dir": desk, "IdentityProvider.token": "secret",
+               "ServerApp.open_browser": False, "ServerApp.allow_root": True, "LabApp.expose_app_in_browser": True, "LabApp.news_url": None,
                "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate"}
     child = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", *(f"--{key}={value}" for key, value in options.items())], cwd=desk,
                              env=os.environ | settings | own | {"JUPYTERLAB_SETTINGS_DIR": str(place / "settings")},
                              stdout=subprocess.DEVNULL, stderr=open(place / "log", "w"))
-    for _ in range(300):
-        try: urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token=secret", timeout=1); break
+    until = time.monotonic() + 300
+    while True:
+        try: urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token=secret", timeout=10); break
         except OSError: time.sleep(.2)
-        assert child.poll() is None, (place / "log").read_text()[-2000:]
+        assert child.poll() is None and time.monotonic() < until, (place / "log").read_text()[-2000:]
     yield f"http://127.0.0.1:{port}/doc/tree/{{}}?token=secret&reset"
     child.send_signal(signal.SIGINT)        # twice: the second is the answer to "shut down?"
     child.send_signal(signal.SIGTERM)
@@ -82,7 +83,7 @@ STATE = """() => {
 def run_all(page, lab: str, notebook: str, seconds: int = 300) -> None:
     "Open a notebook, run it, and wait for its end; an error in any cell fails."
     page.goto(lab.format(notebook))
-    page.wait_for_function(f"() => ({STATE})()?.status === 'idle'")
+    page.wait_for_function(f"() => {{ const state = ({STATE})(); return state?.status === 'idle' && state.cells.length; }}")
     page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
     end = time.time() + seconds
     while time.time() < end:
@@ -112,8 +113,11 @@ def point_at_map(page) -> None:
     root.scroll_into_view_if_needed()
     card, canvas = root.locator(".card"), root.locator("canvas").first
     assert not card.is_visible()
-    x, y = root.evaluate("e => e.at(0)")
-    canvas.hover(position={"x": x, "y": y})
+    for _ in range(20):                                                   # what comes late above it may push it from under the pointer
+        x, y = root.evaluate("e => e.at(0)")
+        canvas.hover(position={"x": x, "y": y})
+        if card.is_visible(): break
+        page.wait_for_timeout(300)
     assert card.is_visible() and card.locator(".said").inner_text().strip()
     assert card.locator(".tile").is_visible() == root.evaluate("e => !!e.data.sheet && e.data.tile[0] >= 0")
     canvas.focus()
@@ -168,7 +172,7 @@ def test_a_static_page_shows_everything_without_kernel_or_network(chromium, desk
     file = render(desk / "nbs" / "workbook" / "07_sdn.ipynb", tmp_path / "page.html", keys)
     for scripts, width in ((True, 1280), (True, 390), (False, 1280)):
         context = chromium.new_context(viewport={"width": width, "height": 900}, java_script_enabled=scripts)
-        context.set_default_timeout(90_000)
+        context.set_default_timeout(300_000)
         page, complaints = context.new_page(), []
         page.on("pageerror", lambda error, to=complaints: to.append(str(error)))
         page.on("request", lambda request, to=complaints: None if request.url.startswith(("file:", "data:")) else to.append(request.url))

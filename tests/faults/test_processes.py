@@ -103,7 +103,7 @@ def folder(tmp_path_factory):
             command = [*alone[count - 1], str(folder / "driver.py"), json.dumps(RUNS), str(folder / str(count))]
             started.append(subprocess.Popen(command, stdout=output, stderr=output, env=environment))
     try:
-        for count, process in enumerate(started, 1): assert process.wait(600) == 0, (folder / f"{count}.txt").read_text()[-5000:]
+        for count, process in enumerate(started, 1): assert process.wait(3000) == 0, (folder / f"{count}.txt").read_text()[-5000:]
     finally:
         for process in started: process.kill()
     return folder

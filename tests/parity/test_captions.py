@@ -326,6 +326,7 @@ def test_meteor_survives_kill(monkeypatch):
         child = start_child(*args, **options)
         if "-jar" in args[0]:
             born.append(child)
+            os.kill(child.pid, signal.SIGSTOP)          # it answers nothing before it dies
             threading.Timer(.3, os.kill, (child.pid, signal.SIGKILL)).start()
         return child
 
