@@ -83,7 +83,7 @@ class GxnConfig(Config):
     look_epochs: Count = 30                 # none of the numbers of epochs is in the paper; 30 and 15 are VSE++'s
     hardest_epochs: Count = 30              # in their place where only the hardest negative counts: two terms a pair teach slower than two hundred
     tune_epochs: Count = 15
-    longer_epochs: Count = 45               # as long as the two captioning phases together, the longest that any other goes on
+    longer_epochs: Count = 45               # as long as the two captioning phases together
     caption_epochs: Count = 30
     reward_epochs: Count = 15
     draw_epochs: Patience = 60              # of the generator alone, before it plays along: "the CNN decoder is not initialised at random"; 0: none
