@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Eye', 'Model', 'STANDS_ON', 'ONE_BRANCH', 'FROZEN', 'WRITES', 'DRAWS', 'LITE', 'GXN_PRESETS', 'BRANCHES', 'GxnConfig',
-           'WholeBackbone', 'backbone_of', 'seen_by_end', 'Matcher', 'Painter', 'judge_loss', 'painter_loss',
-           'GxnPhase', 'Gxn', 'vector_table', 'split_codes', 'rank_codes', 'split_ranks', 'describe_split',
-           'retrieval_scores', 'folded_scores', 'retrieved_scores', 'imagined_scores']
+           'WholeBackbone', 'backbone_of', 'seen_by_end', 'Matcher', 'schedule', 'Painter', 'Judge', 'judge_loss',
+           'painter_loss', 'GxnPhase', 'Gxn', 'vector_table', 'split_codes', 'rank_codes', 'split_ranks',
+           'describe_split', 'retrieval_scores', 'folded_scores', 'retrieved_scores', 'scores_by_place',
+           'imagined_scores']
 
 # %% ../../nbs/systems/03_gxn.ipynb #02d0b74b
 from collections.abc import Sequence
@@ -82,14 +83,14 @@ class GxnConfig(Config):
     look_epochs: Count = 30                 # none of the numbers of epochs is in the paper; 30 and 15 are VSE++'s
     hardest_epochs: Count = 30              # in their place where only the hardest negative counts: two terms a pair teach slower than two hundred
     tune_epochs: Count = 15
-    longer_epochs: Count = 15
+    longer_epochs: Count = 45               # as long as the two captioning phases together
     caption_epochs: Count = 30
     reward_epochs: Count = 15
     draw_epochs: Patience = 60              # of the generator alone, before it plays along: "the CNN decoder is not initialised at random"; 0: none
     draw_batch: Count = 64                  # in those epochs: Reed et al.'s
     picture_epochs: Count = 15
     joint_epochs: Count = 15
-    sampled: Share = .25                    # most of the words that scheduled sampling replaces: none in the first fifth of the epochs, all of it in the last
+    sampled: Share = .25                    # most of the words that scheduled sampling replaces: none in the first epoch, all of it in the last, see `schedule`
     gamma_first: Share = .05                # eq. 7, over the epochs of the phase
     gamma_last: Share = .95
     shown: Literal["input", "state"] = "input"      # how the writer is shown v_l: as its first input, or as its state before the first word
@@ -99,7 +100,8 @@ class GxnConfig(Config):
     noise: Count = 100                      # of z
     generator_width: Count = 64
     discriminator_width: Count = 64
-    picture_rate: Rate = 2e-4               # of generator and judge; Adam, betas .5 and .999
+    picture_rate: Rate = 2e-4               # of generator and judge
+    picture_beta: Share = .9                # beta1 of their Adam: "the momentum is 0.9"; Reed et al. and StackGAN take .5
     fake_weight: Weight = .5                # beta_f
     wrong_weight: Weight = .5               # beta_w
     kl_weight: Weight = 2.                  # beta_s
@@ -120,7 +122,7 @@ GXN_PRESETS = {
               "longer_epochs": Changed(1, "likewise"), "caption_epochs": Changed(1, "likewise"), "reward_epochs": Changed(1, "likewise"),
               "draw_epochs": Changed(1, "likewise"), "picture_epochs": Changed(1, "likewise"), "joint_epochs": Changed(1, "likewise"),
               "longest": Changed(8, "likewise"), "beams": Changed(2, "likewise"), "condition": Changed(8, "likewise"), "noise": Changed(4, "likewise"),
-              "generator_width": Changed(4, "likewise"), "discriminator_width": Changed(4, "likewise"),
+              "generator_width": Changed(4, "likewise"), "discriminator_width": Changed(4, "likewise"), "picture_beta": Changed(.5, "as in quick"),
               "judge": Changed("efficientnet_lite0", LITE), "judged": Changed(12, "a test must end in seconds")},
     "quick": {"per_species": Changed(22, "two cores, minutes"),
               "backbone": Changed("efficientnet_lite0_colours", LITE + "; captions ask for colours, which lite0 alone forgets (models/03_backbones)"),
@@ -141,7 +143,7 @@ GXN_PRESETS = {
               "picture_epochs": Changed(1, "two cores, minutes"), "joint_epochs": Changed(1, "likewise"), "beams": Changed(3, "likewise"),
               "condition": Changed(64, "small codes"), "noise": Changed(8, "little is left to chance when the caption says most"),
               "generator_width": Changed(8, "two cores, minutes"), "discriminator_width": Changed(8, "likewise"),
-              "picture_rate": Changed(1e-3, "few steps, so larger ones"),
+              "picture_rate": Changed(1e-3, "few steps, so larger ones"), "picture_beta": Changed(.5, "Reed et al.'s: what the two want soon changes"),
               "saturating": Changed(False, "few steps: the printed loss hardly moves a generator that is still bad"),
               "pixel_weight": Changed(500., "the adversarial loss alone needs hundreds of epochs before there is a bird"),
               "kl_weight": Changed(.02, "at 2 the condition forgets its sentence within so few steps"),
@@ -160,7 +162,7 @@ GXN_PRESETS = {
                 "picture_epochs": Changed(2, "two cores"), "joint_epochs": Changed(2, "likewise"),
                 "noise": Changed(16, "in few steps a painter does not learn to look past a hundred dice"),
                 "generator_width": Changed(8, "two cores"), "discriminator_width": Changed(8, "likewise"),
-                "picture_rate": Changed(5e-4, "few steps"), "saturating": Changed(False, "few steps"),
+                "picture_rate": Changed(5e-4, "few steps"), "picture_beta": Changed(.5, "as in quick"), "saturating": Changed(False, "few steps"),
                 "pixel_weight": Changed(20., "as in quick; a caption tells so little of a photograph that the error alone makes it grey"),
                 "kl_weight": Changed(.02, "few steps"),
                 "judge": Changed("efficientnet_lite0", LITE)},
@@ -245,6 +247,14 @@ class Matcher(nn.Module):
         scores = cosine_scores(images, texts) if self.config.similarity == "cosine" else order_scores(images, texts, self.config.reverse)
         return ranking_loss(scores, described, self.config.margin, self.config.hardest)
 
+# %% ../../nbs/systems/03_gxn.ipynb #7ee46d73
+def schedule(
+    epoch: int,                             # from 0
+    epochs: int,
+) -> float:
+    "How much of its share scheduled sampling has reached: 0, 1/4, 1/2, 3/4 and 1, for about a fifth of the epochs each."
+    return min(int(5 * epoch / max(epochs - 1, 1)), 4) / 4
+
 # %% ../../nbs/systems/03_gxn.ipynb #885878fd
 class Painter(nn.Module):
     "A sentence's grounded code to a picture (paper 003, section 3.4: CNN_Dec with conditioning augmentation)."
@@ -266,9 +276,16 @@ class Painter(nn.Module):
         return images, kl_to_standard_normal(mean, log_variance)
 
 
+class Judge(PairDiscriminator):
+    "$D_i$ of eq. 11, for codes of unit length."
+
+    def judge(self, features: Float[Tensor, "b c 4 4"], texts: Float[Tensor, "b d"]) -> Float[Tensor, "b"]:
+        return super().judge(features, texts * texts.shape[1] ** .5)                        # mean square 1, as above
+
+
 def judge_loss(
     config: GxnConfig,
-    judge: PairDiscriminator,
+    judge: Judge,
     real: Float[Tensor, "b 3 h w"],
     drawn: Float[Tensor, "b 3 h w"],
     texts: Float[Tensor, "b d"],
@@ -285,7 +302,7 @@ def judge_loss(
 
 def painter_loss(
     config: GxnConfig,
-    judge: PairDiscriminator,
+    judge: Judge,
     drawn: Float[Tensor, "b 3 h w"],
     texts: Float[Tensor, "b d"],
     divergence: Float[Tensor, "b"],
@@ -305,17 +322,18 @@ class GxnPhase(Phase):
                  writes: bool = False, draws: bool = False, rewarded: bool = False, matches: bool = True, tunes: bool = False):
         self.system, self.config, self.name, self.epochs, self.train, self.val = system, system.config, name, epochs, train, val
         self.writes, self.draws, self.rewarded, self.matches, self.tunes = writes, draws, rewarded, matches, tunes
+        self.sees = matches or writes           # who draws only needs no vectors
         self.batch_size = self.config.batch if matches else self.config.draw_batch
 
     def begin(self):
         system = self.system
-        self.vectors = None if self.tunes else vector_table(system, self.train, (0, 1))
+        self.vectors = None if self.tunes or not self.sees else vector_table(system, self.train, (0, 1))
         self.optimizers = (self.adam_of(system.matcher, ends=self.tunes),) if self.matches else ()
         if self.writes:
             self.optimizers += (self.adam_of(system.matcher.see["low"], ends=self.tunes, writer=True),)
         if self.draws:
             text = [system.matcher.words, system.matcher.read["low"]] if self.matches else []
-            self.optimizers += (self.adam(system.judge, self.config.picture_rate, (.5, .999)), self.adam_of(*text, painter=True))
+            self.optimizers += (self.adam(system.judge, self.config.picture_rate, (self.config.picture_beta, .999)), self.adam_of(*text, painter=True))
         if self.rewarded: self.reward = CiderD(self.train.texts, self.train.vocabulary, end=True)
         return self.train
 
@@ -326,7 +344,7 @@ class GxnPhase(Phase):
         groups = [{"params": [weight for module in modules for weight in module.parameters()], "lr": rate}]
         if ends: groups.append({"params": list(system.end.parameters()), "lr": config.tune_rate})
         if writer: groups.append({"params": list(system.writer.parameters()), "lr": config.caption_rate})
-        if painter: groups.append({"params": list(system.painter.parameters()), "lr": config.picture_rate, "betas": (.5, .999)})
+        if painter: groups.append({"params": list(system.painter.parameters()), "lr": config.picture_rate, "betas": (config.picture_beta, .999)})
         optimizer = torch.optim.Adam([group for group in groups if group["params"]])
         return self.accelerator.prepare_optimizer(optimizer) if self.accelerator.scaler else optimizer
 
@@ -337,7 +355,7 @@ class GxnPhase(Phase):
         match = optimizers.pop(0) if self.matches else None
         self.owners, everyone = self.train.picture_of[batch.ids.cpu().numpy()], self.group.everyone(batch.ids).cpu()
         self.described = described(self.train.said[self.train.picture_of[everyone.numpy()]], self.train.sentences[everyone]).to(batch.ids.device)
-        self.look(len(batch), batch.ids.device)
+        if self.sees: self.look(len(batch), batch.ids.device)
         if self.writes:
             losses |= self.imagine_caption(batch, optimizers.pop(0))
             losses |= self.learn_match(batch, match)
@@ -369,8 +387,7 @@ class GxnPhase(Phase):
     def imagine_caption(self, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         "Eqs. 4 to 7. The weight of the reward rises by epoch, as does the share of sampled words."
         writer, epoch, config = self.system.writer, self.train.epoch, self.config
-        fifth = 4 if self.rewarded else int(5 * epoch / self.epochs)           # the rewarded writer has learned to write
-        share = config.sampled * fifth / 4
+        share = config.sampled * (1. if self.rewarded else schedule(epoch, self.epochs))       # the rewarded writer has learned to write
         with self.accelerator.autocast():
             codes = self.system.matcher.images(self.image_vectors(), "low")
             losses = {"words": caption_loss(writer(codes, batch.captions, 1 - share), batch.captions[:, 1:])}
@@ -442,7 +459,7 @@ class Gxn(System):
             self.writer = GruCaptioner(words, numbers[START], numbers[END], config.joint, config.word, config.hidden, config.dropout, config.shown)
         if config.model in DRAWS:
             self.painter = Painter(config)
-            self.judge = initialize(PairDiscriminator(config.joint, config.side, config.discriminator_width, config.condition))
+            self.judge = initialize(Judge(config.joint, config.side, config.discriminator_width, config.condition))
             for module in (self.painter, self.judge): module.to(memory_format=torch.channels_last)      # see tests/bench/channels_last.py
 
     @classmethod
@@ -608,17 +625,33 @@ def retrieved_scores(
     system: Gxn,
     test: CollectionSplit,
     most: int = 5,                          # places of the list that are judged
+    fold: int = 1000,                       # pictures; of several folds there are scores of each, too
 ) -> dict[str, Score]:
     "Table 2 of paper 003: BLEU and CIDEr of the captions found for each picture, in the order found, against the picture's own."
-    images, texts, _ = split_codes(system, test)
-    said = [text for captions in test.texts for text in captions]
+    images, texts, owners = split_codes(system, test)
+    scores = scores_by_place(system, images, texts, test.texts, most)
+    if len(images) == fold or len(images) % fold: return scores
+    parts = [scores_by_place(system, *codes[:2], test.texts[k * fold:(k + 1) * fold], most) for k, codes in enumerate(in_folds(images, texts, owners, fold))]
+    mean = lambda name: [np.mean(part[name].values) for part in parts]
+    return scores | {f"{name} of {fold:,}": Score(mean(name), "%", score.chance, n=fold) for name, score in parts[0].items()}
+
+
+def scores_by_place(
+    system: Gxn,
+    images: Float[Tensor, "n d"],
+    texts: Float[Tensor, "m d"],
+    own: Sequence[Sequence[str]],           # captions of each picture: the sentences of `texts`
+    most: int,
+) -> dict[str, Score]:
+    "The same for these pictures and captions alone."
+    said = [text for captions in own for text in captions]
     first = torch.cat([system.similarity(part, texts).topk(min(most, len(said)), 1).indices for part in images.split(256)])
     scores = {}
     for place in range(first.shape[1]):
         found = [said[k] for k in first[:, place].tolist()]
         for name, without in (("", False), (" without its own", True))[:1 + (place == 0)]:
-            if without and min(map(len, test.texts)) < 2: continue
-            judged = caption_scores(found, test.texts, ("BLEU", "CIDEr"), without_own=without)
+            if without and min(map(len, own)) < 2: continue
+            judged = caption_scores(found, own, ("BLEU", "CIDEr"), without_own=without)
             head = f"retrieved {place + 1}{name}"
             scores |= caption_figures(head, judged, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "CIDEr"))
     return scores
