@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from crossmodal.data.captioned import CollectionSplit
+from crossmodal.data.text import SPECIALS
+from crossmodal.systems import laviter
 from crossmodal.systems.base import pictures_of
 from crossmodal.systems.experiments import load, resume, train
 from crossmodal.systems.laviter import LAVITER_PRESETS, Joint, Laviter, LaviterConfig, Said, matching, short_texts, split_codes, what_is_true
@@ -108,6 +111,40 @@ def test_nothing_shrinks_a_painter_that_has_nothing_to_learn():
     assert [group["betas"] for group in phase.optimizers[0].param_groups] == [(.9, .999), (.5, .999)]
 
 
+def test_the_papers_decay_is_for_painter_and_judges_too():
+    for model in ("tim", "full"):
+        system, data = built(model, painter_decay=.5)
+        phase = system.phases(data, data)[0]
+        phase.accelerator = Loop(system, []).accelerator
+        phase.begin()
+        theirs = [group for optimizer in phase.optimizers for group in optimizer.param_groups if group["betas"] == (.5, .999)]
+        assert [group["weight_decay"] for group in theirs] == [.5, .5]
+        drawing = [system.augmentation, system.generator, system.judges]
+        assert sum(len(group["params"]) for group in theirs) == sum(len(list(module.parameters())) for module in drawing)
+
+
+def test_data_of_one_class_teach_nothing_and_are_refused():
+    system, data = built("vta")
+    data.classes = torch.zeros_like(data.classes)
+    with pytest.raises(ValueError, match="same_class=False"): system.phases(data, data)
+    assert built("vta", same_class=False)[0].phases(data, data)
+
+
+@pytest.mark.parametrize("kinds, tops", [(1, set()), (2, {1})])
+def test_a_split_of_two_pictures_is_asked_what_it_can_answer(kinds, tops):
+    "Two captions: there is no first three of two. One class and no attributes: nothing has a margin, so there is none."
+    system, data = built("vta")
+    whole = Laviter.open_data(system.config, "birds", "test", data.vocabulary).collection
+    rows = whole.positions("test")
+    chosen = [rows[0], next(row for row in rows[1:] if (whole.pictures[row].label == whole.pictures[rows[0]].label) == (kinds == 1))]
+    pictures = [replace(one, split="test" if row in chosen else "train", captions=one.captions[:1]) for row, one in enumerate(whole.pictures)]
+    few = replace(whole, pictures=tuple(pictures), attributes=None, attribute_names=())
+    test = CollectionSplit(few, "test", data.transform, items="captions", vocabulary=data.vocabulary, specials=SPECIALS)
+    scores = laviter.alignment_scores(system.eval(), test)
+    assert {top for top in (1, 3) if f"R-precision, top {top}" in scores} == tops
+    assert all(score.values for score in scores.values()) and "mean recall" in scores
+
+
 def test_pairs_of_one_class_are_no_negatives():
     "Captions of one class only: nothing is left to be told apart, so the loss is 0; without the mask it is not."
     system, data = built("vta")
@@ -160,6 +197,14 @@ def test_the_whole_network_can_learn_but_for_its_first_layers():
     assert not isinstance(phase, Joint) and isinstance(system.hear(*phase.read(data[range(2)])), Said)
 
 
+def test_a_front_that_learns_sees_another_part_each_time_and_the_middle_when_it_is_measured():
+    system, data = built("vta-trainable", tuned="all", margin=1.5)
+    rows = np.arange(4)
+    see = lambda crops: laviter.looked_at(system.eval(), data, rows, 0, "cpu", crops)[0]
+    with torch.no_grad(): middle, again, one, other = see(None), see(None), see((0, 0, rows)), see((0, 1, rows))
+    assert middle.equal(again) and one.equal(see((0, 0, rows))) and not one.equal(middle) and not one.equal(other)
+
+
 def test_what_nobody_has_said_of_a_picture_is_neither_true_nor_false():
     "AIMCoS of classes and of attributes; a text with an unknown word is not asked, and its column goes with it."
     _, data = built("vta")
@@ -188,7 +233,8 @@ def test_a_code_does_not_depend_on_its_batch(mask_pads):
 
 
 @pytest.mark.parametrize("changes", [{"said": "forced"}, {"wide_heads": True}, {"mask_pads": False}, {"mismatched": False}, {"root": True},
-                                     {"longer": "subset", "longest": 6}, {"match_weight": 0.}, {"pixel_weight": 1.}, {"word": 8}, {"same_class": False}])
+                                     {"longer": "subset", "longest": 6}, {"match_weight": 0.}, {"pixel_weight": 1.}, {"word": 8}, {"same_class": False},
+                                     {"writer_norm_first": False}, {"uniform_noise": True}, {"margin": 1.25}])
 def test_every_other_reading_takes_a_step(changes):
     "The flags of the table at the end of the system's notebook: each changes something, and nothing breaks."
     system, data = built("full", **changes)
@@ -203,6 +249,14 @@ def test_every_other_reading_takes_a_step(changes):
     assert all(np.isfinite(float(value)) for value in losses[0].values())
     if "match_weight" not in changes:                       # of phase 2 alone
         assert any(abs(float(losses[0][name]) - float(losses[1][name])) > 1e-6 for name in losses[1])
+
+
+@pytest.mark.parametrize("draw_mean", [True, False])
+def test_pictures_are_of_samples_unless_the_middle_is_asked_for(draw_mean, monkeypatch):
+    system, sampled = built("tim", draw_mean=draw_mean)[0].eval(), []
+    monkeypatch.setattr(system.augmentation, "sample", lambda mean, log_variance: sampled.append(len(mean)) or mean)
+    system.images_from_texts(["a red bird", "a bird"])
+    assert sampled == ([] if draw_mean else [2])
 
 
 def test_published_word_vectors_begin_the_embedding(tmp_path):

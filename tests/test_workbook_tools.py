@@ -265,7 +265,7 @@ def test_nothing_is_trained_for_cells_that_these_data_cannot_have(tmp_path, monk
     monkeypatch.setattr(tables, "train", train)
     answer(tables.laviter_table4(), preset="smoke", folder=tmp_path, quiet=True)
     assert [(wanted["model"], wanted["judge"]) for wanted in asked] == [(model, "efficientnet_lite0") for model in ("tim", "txt2img", "full")]
-    assert len(tables.questions(tables.possible(tables.laviter_table4(), ["coco"]))) == 4
+    assert len(tables.questions(tables.possible(tables.laviter_table4(), ["coco2014"]))) == 4
 
 
 def test_all_systems_stand_on_records_like_any_table(tmp_path, monkeypatch):

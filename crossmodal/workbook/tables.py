@@ -219,21 +219,22 @@ def gxn_imagined() -> list[Cell]:
 
 # %% ../../nbs/workbook/00_tables.ipynb #6a0a212a
 WEIGHTS = ("weight_gen", "weight_cap", "weight_ft", "weight_fi", "weight_rr")
-LAVITER_TABLE1 = {                          # weights -> R-precision and AIMCoS as printed, by dataset
-    (0., 0., 0., 0., 1.): {"coco": (89.76, .5045)}, (1., 1., 1., 1., 50.): {"coco": (90.35, .4931)}, (.01, .1, 1., 1., 50.): {"coco": (90.71, .5063)},
-    (.01, .1, 50., 1., 1.): {"coco": (90.31, .5063)}, (.01, .1, 1., 50., 1.): {"coco": (90.49, .496)}, (.01, .1, 10., 1., 10.): {"coco": (90.05, .498)},
-    (.01, .1, 10., 1., 1.): {"coco": (90.19, .501)}, (.001, .1, 1., .1, 10.): {"coco": (90.16, .501)},
-    (.01, .1, 1., 1., 10.): {"coco": (90.79, .504), "cub": (66.4, .202)}, (1., 1., 1., 1., 1.): {"cub": (63.4, .203)},
+LAVITER_TABLE1 = {                          # weights -> R-precision and AIMCoS as printed, by dataset; coco2014 is COCO's own division, not Karpathy's
+    (0., 0., 0., 0., 1.): {"coco2014": (89.76, .5045)}, (1., 1., 1., 1., 50.): {"coco2014": (90.35, .4931)},
+    (.01, .1, 1., 1., 50.): {"coco2014": (90.71, .5063)}, (.01, .1, 50., 1., 1.): {"coco2014": (90.31, .5063)},
+    (.01, .1, 1., 50., 1.): {"coco2014": (90.49, .496)}, (.01, .1, 10., 1., 10.): {"coco2014": (90.05, .498)},
+    (.01, .1, 10., 1., 1.): {"coco2014": (90.19, .501)}, (.001, .1, 1., .1, 10.): {"coco2014": (90.16, .501)},
+    (.01, .1, 1., 1., 10.): {"coco2014": (90.79, .504), "cub": (66.4, .202)}, (1., 1., 1., 1., 1.): {"cub": (63.4, .203)},
     (.01, .1, 1., 5., 1.): {"cub": (62.2, .198)}, (.01, .1, 5., 1., 1.): {"cub": (64.6, .197)},
     (.01, .1, 1., 1., 1.): {"cub": (63., .2)}, (.01, .1, 1., 1., 5.): {"cub": (66.8, .201)},
 }
 LAVITER_MODELS = {                          # row of Tables 2 and 3 -> model, the same
-    "AttnGAN/MirrorGAN (LSTM)": ("damsm", {"coco": (89.97, .44), "cub": (62.6, .072)}),
-    "LAViTeR-VTA (F)": ("vta-frozen", {"coco": (89.81, .501), "cub": (59.2, .184)}),
-    "LAViTeR-VTA (T)": ("vta-trainable", {"coco": (90.37, .5059)}),
-    "LAViTeR-Img2Txt": ("img2txt", {"coco": (90.14, .506)}),
-    "LAViTeR-Txt2Img": ("txt2img", {"coco": (90.43, .504)}),
-    "LAViTeR": ("full", {"coco": (90.71, .5063), "cub": (66.8, .201)}),
+    "AttnGAN/MirrorGAN (LSTM)": ("damsm", {"coco2014": (89.97, .44), "cub": (62.6, .072)}),
+    "LAViTeR-VTA (F)": ("vta-frozen", {"coco2014": (89.81, .501), "cub": (59.2, .184)}),
+    "LAViTeR-VTA (T)": ("vta-trainable", {"coco2014": (90.37, .5059)}),
+    "LAViTeR-Img2Txt": ("img2txt", {"coco2014": (90.14, .506)}),
+    "LAViTeR-Txt2Img": ("txt2img", {"coco2014": (90.43, .504)}),
+    "LAViTeR": ("full", {"coco2014": (90.71, .5063), "cub": (66.8, .201)}),
 }
 LAVITER_TABLE5 = {"BLEU-1": 69.15, "BLEU-2": 51.75, "BLEU-3": 37.68, "BLEU-4": 27.44, "METEOR": 24.2, "CIDEr": 86.72}
 
@@ -264,7 +265,8 @@ def laviter_table3() -> list[Cell]:
 
 
 def laviter_table4() -> list[Cell]:
-    "Table 4 of paper 001: what is drawn. The paper's Inception Score is of ImageNet's classes, its FID a mean over chunks: other extractors, other figures."
+    """Table 4 of paper 001: what is drawn. The paper's Inception Score is of ImageNet's classes, its FID a mean over chunks: other extractors, other figures.
+    Its rows of other people's systems (StackGAN-v1 and -v2, AttnGAN, MirrorGAN) are left out."""
     cells, judges = [], ("efficientnet_lite0", "inception_v3")
     for row, model in (("painter alone (phase 2)", "tim"), ("LAViTeR-Txt2Img", "txt2img"), ("LAViTeR", "full")):
         measures = {f"FID ({judges[0]})": f"drawn fid ({judges[0]})", "R-precision of drawn (%)": "drawn R-precision", "attributes (%)": "drawn attributes"}
@@ -272,14 +274,15 @@ def laviter_table4() -> list[Cell]:
         cells += [Cell(row, "pictures drawn", metric, score, None, "laviter", changes, "birds" if score == "drawn attributes" else "")
                   for metric, score in measures.items()]
     printed = {"FID (inception_v3)": ("drawn fid (inception_v3)", 75.5), "Inception Score (inception_v3)": ("drawn inception score (inception_v3)", 26.71)}
-    return cells + [Cell("LAViTeR", "pictures drawn", metric, score, {"coco": figure}, "laviter", {"model": "full", "judge": judges[1]}, "coco")
+    return cells + [Cell("LAViTeR", "pictures drawn", metric, score, {"coco2014": figure}, "laviter", {"model": "full", "judge": judges[1]}, "coco2014")
                     for metric, (score, figure) in printed.items()]
 
 
 def laviter_table5() -> list[Cell]:
-    "Table 5 of paper 001: what is written, by the writer alone and by the systems that it assists."
+    """Table 5 of paper 001: what is written, by the writer alone and by the systems that it assists. Its rows of other people's systems (Show-tell,
+    Show-attend-tell) are left out."""
     models = {"writer alone (phase 2)": "itm", "LAViTeR-Img2Txt": "img2txt", "LAViTeR": "full"}
-    return [Cell(row, "captions written", f"{name} (%)", f"written {name}", {"coco": figure} if model == "full" else None, "laviter", {"model": model})
+    return [Cell(row, "captions written", f"{name} (%)", f"written {name}", {"coco2014": figure} if model == "full" else None, "laviter", {"model": model})
             for row, model in models.items() for name, figure in LAVITER_TABLE5.items()]
 
 # %% ../../nbs/workbook/00_tables.ipynb #3ecf2734
