@@ -3,6 +3,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,15 +11,16 @@ import torch
 from safetensors.torch import save_file
 
 from crossmodal.data.batch import spread
+from crossmodal.losses.distillation import best_picture
 from crossmodal.metrics.fidelity import Extractor
-from crossmodal.models.mirror import Teacher
-from crossmodal.systems import base, experiments
+from crossmodal.models.mirror import VGG19, Teacher, vgg_layers
+from crossmodal.systems import base, experiments, sdn
 from crossmodal.systems.base import pictures_of
 from crossmodal.systems.experiments import evaluate, load, resume, train
-from crossmodal.systems.sdn import SDN_PRESETS, Distil, Sdn, SdnConfig, caption_codes
+from crossmodal.systems.sdn import SDN_PRESETS, Distil, Model, Sdn, SdnConfig, caption_codes, drawing_scores, store_codes, stored_codes
 from crossmodal.training.config import apply_preset
 from crossmodal.training.loop import Interrupted, Loop, StopOnSignal
-from crossmodal.training.runs import Run, open_run
+from crossmodal.training.runs import Run, RunError, open_run
 from crossmodal.workbook.tables import answer, build_table, sdn_table1, sdn_table3
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -234,9 +236,25 @@ def test_losses_are_those_of_plain_loops(model, calibrated):
         for name, value in losses.items(): assert float(value) == pytest.approx(np.mean(wanted[name]), rel=1e-4)
 
 
+def test_stage_2_counts_what_it_lets_learn():
+    "The output whose whole bracket is smallest, whatever its pixels alone say."
+    system, data = built("diverse", pictures=3)
+    first, second = (Distil(system, stage, 1, data, data) for stage in ("stage1", "stage2"))
+    batch = data[range(0, 820, 140)]
+    for phase in (first, second):
+        phase.accelerator = Loop(system, []).accelerator
+        phase.begin()
+    first.step(batch)
+    assert not system.chosen.any()
+    with torch.no_grad(): drawn, _ = system.train().student(second.codes[batch.ids])
+    best = best_picture(system.teacher(batch.images), system.teacher(drawn.flatten(0, 1)), batch.images, drawn)
+    second.step(batch)
+    assert system.chosen.equal(torch.bincount(best, minlength=3))
+
+
 def test_the_output_that_was_nearest_most_often_is_drawn(table):
     system = load(table[0]["diverse"].folder)
-    assert system.chosen.sum() == 2 * 820 and len(system.chosen) == 2               # both stages, every caption
+    assert system.chosen.sum() == 820 and len(system.chosen) == 2                   # Stage II's choice, every caption
     codes = system.embed_texts(TEXTS)
     for k in range(2):
         system.chosen.copy_(torch.tensor([k == 0, k == 1]))
@@ -256,6 +274,13 @@ def codes_file(folder, **changes) -> str:
     tensors = {split: torch.randn(changes.get(split, (count, SMOKE.width))) for split, count in counts.items() if changes.get(split, True)}
     save_file(tensors, folder / "codes.safetensors")
     return str(folder / "codes.safetensors")
+
+
+def test_codes_can_be_any_systems(table, tmp_path):
+    reader, file = load(table[0]["text"].folder), str(tmp_path / "codes.safetensors")
+    splits = [Sdn.open_data(SMOKE, "birds", split, reader.vocabulary) for split in ("train", "val", "test")]
+    store_codes(reader, splits, file)
+    for split in splits: torch.testing.assert_close(stored_codes(replace(SMOKE, text_vectors=file), split), caption_codes(reader, split))
 
 
 def test_codes_from_a_file_need_no_reader(tmp_path):
@@ -283,9 +308,44 @@ def test_classes_must_be_enough(tmp_path):
     assert not (tmp_path / "run").exists() and go(30).finished
 
 
+@pytest.mark.parametrize("model", get_args(Model))
+def test_every_model_can_be_built_at_the_papers_size(monkeypatch, model):
+    "On the meta device, which holds shapes alone; ImageNet's weights are not asked for."
+    monkeypatch.setattr(sdn, "vgg19_teacher", lambda: Teacher(vgg_layers(VGG19, normalise=False)).freeze())
+    config = replace(apply_preset(SdnConfig(), SDN_PRESETS, "paper"), model=model)
+    vocabulary = Sdn.open_data(SMOKE, "birds", "train").vocabulary
+    with torch.device("meta"):
+        system, codes = Sdn(config, vocabulary), torch.empty(2, config.width)
+        if model not in ("text", "teacher"): assert system.draw(codes).shape == (2, config.drawn, 3, 224, 224)
+        if model == "gan-int-cls": assert system.judges(system.painter(codes)[-1], codes).shape == (2,)
+        if model == "stackgan":
+            *drawn, mean, _ = system.painter(codes, cloud=True)
+            assert [judge(picture, mean).conditional.shape for judge, picture in zip(system.judges, drawn, strict=True)] == [(2,), (2,)]
+
+
+def test_stackgan_draws_in_evaluation_what_it_draws_in_training():
+    "A point of the cloud, not the middle."
+    painter, codes, dice = built("stackgan")[0].painter.eval(), torch.randn(2, SMOKE.width), torch.get_rng_state()
+    with torch.no_grad():
+        *trained, _, _ = painter(codes, cloud=True)
+        torch.set_rng_state(dice)
+        assert all(one.equal(other) for one, other in zip(painter(codes), trained, strict=True))
+
+
+def test_one_test_picture_has_no_chance_beside_it(karpathy, table):
+    found = drawing_scores(load(table[0]["image"].folder), Sdn.open_data(SMOKE, karpathy, "val"))
+    assert {name: (len(score.values), score.chance) for name, score in found.items()} == dict.fromkeys(("drawn SSIM", "drawn FSIM", "drawn error"), (1, None))
+
+
+def test_runs_of_different_teachers_share_no_cell(table):
+    record = table[0]["sdn"].record
+    other = record | {"config": record["config"] | {"teacher": "vgg7"}, "seed": 1}
+    with pytest.raises(RunError, match="teachers cannot share a cell"): build_table(sdn_table1(), [record, other])
+
+
 def test_what_cannot_be_built_is_refused():
     with pytest.raises(ValueError, match="multiple of 8, found 20"): built("sdn", side=20)
-    with pytest.raises(ValueError): built("stackgan", side=20)
+    with pytest.raises(ValueError, match="4 or 7 doubled.* not 96"): built("stackgan", side=96)
     with pytest.raises(ValueError, match="does not draw: train one of image"): built("text")[0].images_from_texts(TEXTS)
     with pytest.raises(ValueError, match="a teacher does not read"): built("teacher")[0].embed_texts(TEXTS)
 

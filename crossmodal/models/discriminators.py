@@ -18,7 +18,7 @@ class PairDiscriminator(nn.Module):
 
     def __init__(self,
         text: int,                              # width of a sentence code
-        size: int = 64,                         # side of its pictures: 8, 16, 32, ...
+        size: int = 64,                         # side of its pictures: 8, 16, 32, ... or 14, 28, 56, ...
         width: int = 64,                        # channels after the first halving
         compressed: int = 128,                  # width of the sentence code beside the picture
     ):
@@ -28,18 +28,18 @@ class PairDiscriminator(nn.Module):
         self.size, channels = size, width * 2 ** (times - 1)
         self.body = nn.Sequential(nn.Conv2d(3, width, 4, stride=2, padding=1, bias=False), nn.LeakyReLU(.2, inplace=True), *halvings)
         self.compress = nn.Sequential(nn.Linear(text, compressed), nn.LeakyReLU(.2))
-        self.head = nn.Sequential(leaky_block(compressed + channels, channels), nn.Conv2d(channels, 1, 4))
+        self.head = nn.Sequential(leaky_block(compressed + channels, channels), nn.Conv2d(channels, 1, size >> times))
 
     def features(self,
         images: Float[Tensor, "b 3 h w"],       # in [-1, 1], of this discriminator's size
-    ) -> Float[Tensor, "b c 4 4"]:
+    ) -> Float[Tensor, "b c s s"]:              # s = 4, or 7
         "What it sees, before it has heard a word: the same for the right sentence and the wrong one."
         if images.shape[2:] != (self.size, self.size):
             found, size = tuple(images.shape[2:]), self.size
             raise ValueError(f"this discriminator judges pictures of {size} x {size}, not {found}: give it pictures of its own size.")
         return self.body(images)
 
-    def judge(self, features: Float[Tensor, "b c 4 4"], texts: Float[Tensor, "b d"]) -> Float[Tensor, "b"]:
+    def judge(self, features: Float[Tensor, "b c s s"], texts: Float[Tensor, "b d"]) -> Float[Tensor, "b"]:
         "Logits of pictures whose features are known."
         return self.head(with_condition(features, self.compress(texts))).flatten()
 

@@ -44,10 +44,11 @@ class ConditioningAugmentation(nn.Module):
 def doublings(
     size: int,                                  # of a square picture, in pixels
 ) -> int:
-    "How often 4 must be doubled to give `size`. ValueError unless `size` is 8, 16, 32, ..."
-    times = (size // 4).bit_length() - 1
-    if times < 1 or size != 4 * 2 ** times: raise ValueError(f"a picture's size is 4 doubled at least once, not {size}: choose 8, 16, 32, 64, 128, 256, ...")
-    return times
+    "How often 4 must be doubled to give `size`, or else 7. ValueError unless `size` is 8, 16, 32, ... or 14, 28, 56, ..."
+    for base in (4, 7):
+        times = (size // base).bit_length() - 1
+        if times > 0 and size == base * 2 ** times: return times
+    raise ValueError(f"a picture's size is 4 or 7 doubled at least once, not {size}: choose 8, 16, 32, 64, 128, 256, ... or 14, 28, 56, 112, 224, ...")
 
 
 def tree_sizes(
@@ -60,14 +61,15 @@ def tree_sizes(
 # %% ../../nbs/models/05_stackgan.ipynb #b9693579
 def first_stage(
     inputs: int,                                # width of condition and noise together
-    width: int,                                 # channels of the map that comes out; `size` / 4 times as many at 4 x 4
-    size: int,                                  # 4 doubled k times
+    width: int,                                 # channels of the map that comes out; 2 ** k times as many at 4 x 4
+    size: int,                                  # 4, or 7, doubled k times
 ) -> nn.Sequential:
     "Condition and noise to a map of `width` channels and side `size`."
     times = doublings(size)
-    widths = [width * 2 ** k for k in range(times, -1, -1)]
+    side, widths = size >> times, [width * 2 ** k for k in range(times, -1, -1)]
+    numbers = 2 * side ** 2 * widths[0]
     return nn.Sequential(
-        nn.Linear(inputs, 2 * 16 * widths[0], bias=False), nn.BatchNorm1d(2 * 16 * widths[0]), nn.GLU(1), nn.Unflatten(1, (widths[0], 4, 4)),
+        nn.Linear(inputs, numbers, bias=False), nn.BatchNorm1d(numbers), nn.GLU(1), nn.Unflatten(1, (widths[0], side, side)),
         *[up_block(a, b) for a, b in zip(widths, widths[1:])])
 
 # %% ../../nbs/models/05_stackgan.ipynb #74bc0769
@@ -87,7 +89,7 @@ class StackGenerator(nn.Module):
         condition: int = 128,                   # width of c
         noise: int = 100,                       # width of z
         width: int = 64,                        # channels of the features at the first size; half as many at each next one
-        sizes: tuple[int, ...] = (64, 128, 256),        # 4 doubled k times, then doubling
+        sizes: tuple[int, ...] = (64, 128, 256),        # 4 (or 7) doubled k times, then doubling
         residuals: int = 2,                     # blocks in each later stage
     ):
         super().__init__()
@@ -120,7 +122,7 @@ class StackDiscriminator(nn.Module):
     "StackGAN-v2's discriminator of one picture size."
     def __init__(self,
         condition: int,                         # width of the condition
-        size: int,                              # of its pictures: 8, 16, 32, ...
+        size: int,                              # of its pictures: 8, 16, 32, ... or 14, 28, 56, ...
         width: int = 64,                        # channels after the first halving
     ):
         super().__init__()
@@ -129,13 +131,13 @@ class StackDiscriminator(nn.Module):
             layers.append(down_block(channels, 2 * channels)); channels *= 2
         while channels > 8 * width:
             layers.append(leaky_block(channels, channels // 2)); channels //= 2
-        self.size, self.body = size, nn.Sequential(*layers)
-        self.unconditional = nn.Conv2d(channels, 1, 4)
-        self.conditional = nn.Sequential(leaky_block(condition + channels, channels), nn.Conv2d(channels, 1, 4))
+        self.size, self.body, side = size, nn.Sequential(*layers), size >> doublings(size)
+        self.unconditional = nn.Conv2d(channels, 1, side)
+        self.conditional = nn.Sequential(leaky_block(condition + channels, channels), nn.Conv2d(channels, 1, side))
 
     def features(self,
         images: Float[Tensor, "b 3 h w"],       # in [-1, 1], of this discriminator's size
-    ) -> Float[Tensor, "b c 4 4"]:
+    ) -> Float[Tensor, "b c s s"]:              # s = 4, or 7
         "What both heads read."
         if images.shape[2:] != (self.size, self.size):
             found, size = tuple(images.shape[2:]), self.size
@@ -143,7 +145,7 @@ class StackDiscriminator(nn.Module):
         return self.body(images)
 
     def judge(self,
-        features: Float[Tensor, "b c 4 4"],
+        features: Float[Tensor, "b c s s"],
         condition: Float[Tensor, "b d"],
     ) -> Verdict:
         "Both answers about pictures whose features are known."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Model', 'STAGES', 'PREPARE', 'PLANS', 'LITE', 'SDN_PRESETS', 'SdnConfig', 'Reader', 'number', 'Embed', 'sentences_of',
-           'seen', 'caption_codes', 'stored_codes', 'joint_codes', 'Teach', 'recognised', 'Distil', 'fall', 'samples',
-           'Compete', 'mismatch', 'pair_losses', 'tree_losses', 'Painter', 'Sdn', 'drawing_scores', 'diversity',
-           'nearest_training', 'interpolate']
+           'seen', 'caption_codes', 'stored_codes', 'store_codes', 'joint_codes', 'Teach', 'recognised', 'Distil',
+           'fall', 'samples', 'Compete', 'mismatch', 'pair_losses', 'tree_losses', 'Painter', 'Sdn', 'drawing_scores',
+           'diversity', 'nearest_training', 'interpolate']
 
 # %% ../../nbs/systems/05_sdn.ipynb #cfa67f85
 import math
@@ -35,7 +35,7 @@ from ..models.blocks import initialize
 from ..models.char_cnn_rnn import CharCnnRnn, spell
 from ..models.discriminators import PairDiscriminator
 from ..models.mirror import VGG19, Classifier, Mirror, Teacher, vgg19_teacher, vgg_layers
-from ..models.stackgan import ConditioningAugmentation, StackDiscriminator, StackGenerator
+from ..models.stackgan import ConditioningAugmentation, StackDiscriminator, StackGenerator, doublings
 from ..models.text_encoders import GruEncoder
 from .base import Score, System, drawn_scores, pictures_of, recall_scores
 from ..training.config import Changed, Config, Count, Rate, Share, Weight
@@ -60,6 +60,7 @@ class SdnConfig(Config):
     teacher: Literal["vgg19", "vgg8", "vgg7", "vgg4"] = "vgg19"     # vgg19 knows ImageNet; the others learn the classes of the data first
     calibrated: bool = False                # each layer weighs alike, all together as much as the picture (after Chen and Koltun); the paper adds up
     normalize: bool = False                 # batch normalisation in the student
+    resize: Literal["nearest", "bilinear"] = "nearest"     # how the student doubles its maps
     hidden: Count = 4096                    # numbers between the student's dense layers
     pictures: Count = 4                     # n of section 3.4, of the model `diverse`; the paper does not say
     first_epochs: Count = 10                # of captions, ten a picture: the paper's 100 epochs of pictures; Stage I
@@ -71,6 +72,7 @@ class SdnConfig(Config):
     text_vectors: str = ""                  # a safetensors file with codes of all captions, split by split, made elsewhere; then nothing reads here
     width: Count = 1024                     # of a sentence's code
     letters: Count = 201                    # characters of a caption that are read (Reed et al.)
+    recurrent: Literal["gru", "rnn"] = "gru"        # what its convolutions are read by: Reed et al.'s network for birds, or the one for flowers, half as wide
     channels: Count = 512                   # of the character network: of its second and third convolution and its memory; the first has three quarters
     word: Count = 300                       # width of a word's vector, where words are read
     text_backbone: Literal["inception_v3", "efficientnet_lite0", "efficientnet_lite0_colours"] = "inception_v3"     # whose vectors sentences must meet
@@ -89,7 +91,7 @@ class SdnConfig(Config):
     discriminator_width: Count = 64
     gan_batch: Count = 64
     gan_rate: Rate = 2e-4
-    kl_weight: Weight = 1.
+    kl_weight: Weight = 2.                  # of StackGAN's cloud, averaged over the coordinates: StackGAN-v2's
     interpolated: Share = .5                # beta of GAN-INT-CLS: how far between two sentences it also draws
     judge: Literal["inception_v3", "efficientnet_lite0"] = "inception_v3"       # whose features make FID and Inception Score; its name stands in the score
     judged: Count = 5000                    # pictures that are drawn for measuring, at most
@@ -98,6 +100,11 @@ class SdnConfig(Config):
         halvings = len(PLANS[self.teacher])
         if self.side % 2 ** halvings:
             raise ValueError(f"the teacher {self.teacher} halves its maps {halvings} times: side must be a multiple of {2 ** halvings}, found {self.side}.")
+        if self.side < 16: raise ValueError(f"SSIM looks through windows of 11 pixels: side must be 16 or more, found {self.side}.")
+        if self.model not in (*PREPARE, *STAGES): doublings(self.side)          # refuses what a game cannot draw
+        shortest = 48 if self.recurrent == "gru" else 66
+        if self.text == "char-cnn-rnn" and self.letters < shortest: raise ValueError(
+            f"of {self.letters} letters char-cnn-rnn's convolutions leave nothing: letters must be {shortest} or more; the paper's are 201.")
 
     @property
     def drawn(self) -> int:
@@ -115,7 +122,8 @@ SDN_PRESETS = {
               "text_epochs": Changed(1, "likewise"), "teacher_epochs": Changed(1, "likewise"), "condition": Changed(8, "likewise"),
               "teacher_batch": Changed(60, "likewise"), "text_batch": Changed(60, "likewise"),
               "noise": Changed(4, "likewise"), "generator_width": Changed(4, "likewise"), "discriminator_width": Changed(4, "likewise"),
-              "gan_batch": Changed(60, "likewise"), "judge": Changed("efficientnet_lite0", LITE), "judged": Changed(12, "a test must end in seconds")},
+              "gan_batch": Changed(60, "likewise"), "kl_weight": Changed(1., "few steps"),
+              "judge": Changed("efficientnet_lite0", LITE), "judged": Changed(12, "a test must end in seconds")},
     "quick": {"side": Changed(64, "two cores, minutes"), "per_species": Changed(25, "likewise"),
               "facing": Changed("right", "no sentence says where the bird looks, and a regression would draw both sides on top of each other"),
               "teacher": Changed("vgg7", "two cores; ImageNet's VGG19 is a download"),
@@ -141,7 +149,8 @@ SDN_PRESETS = {
                 "width": Changed(512, "8,400 captions"), "channels": Changed(256, "likewise"),
                 "text_backbone": Changed("efficientnet_lite0", LITE), "text_side": Changed(160, "two cores"), "text_epochs": Changed(12, "8,400 captions"),
                 "teacher_epochs": Changed(6, "1,680 pictures are soon known by heart"), "generator_width": Changed(32, "a smaller picture"),
-                "discriminator_width": Changed(32, "likewise"), "gan_batch": Changed(32, "more steps"), "judge": Changed("efficientnet_lite0", LITE)},
+                "discriminator_width": Changed(32, "likewise"), "gan_batch": Changed(32, "more steps"),
+                "kl_weight": Changed(1., "few steps, in which the condition should not forget its sentence"), "judge": Changed("efficientnet_lite0", LITE)},
     "paper": {},
 }
 
@@ -152,7 +161,9 @@ class Reader(nn.Module):
     def __init__(self, config: SdnConfig, vocabulary: Vocabulary):
         super().__init__()
         self.config = config
-        if config.text == "char-cnn-rnn": self.characters = CharCnnRnn(config.width, (config.channels * 3 // 4, config.channels), config.channels)
+        if config.text == "char-cnn-rnn":
+            hidden = config.channels if config.recurrent == "gru" else config.channels // 2
+            self.characters = CharCnnRnn(config.width, (config.channels * 3 // 4, config.channels), hidden, config.recurrent)
         else:
             self.words = nn.Embedding(len(vocabulary), config.word, padding_idx=PAD)
             self.sentence = GruEncoder(config.word, config.width, config.width) if config.text == "gru" else nn.Linear(config.word, config.width)
@@ -235,6 +246,18 @@ def stored_codes(config: SdnConfig, split: CollectionSplit) -> Float[Tensor, "n 
 
 
 @torch.no_grad()
+def store_codes(
+    system: System,                         # any that embeds sentences
+    splits: Sequence[CollectionSplit],
+    path: str,                              # of a safetensors file
+):
+    "Write what `stored_codes` reads: the system's codes of all captions of these splits."
+    from safetensors.torch import save_file
+    embed = lambda split: torch.cat([system.embed_texts(part).cpu() for part in in_parts(sentences_of(split), 256)])
+    save_file({split.split: embed(split) for split in splits}, path)
+
+
+@torch.no_grad()
 def joint_codes(
     system: "Sdn",
     split: CollectionSplit,
@@ -298,7 +321,6 @@ class Distil(Phase):
             drawn, levels = self.system.student(self.codes[batch.ids])
             losses = self.distances(batch.images, drawn, levels)
         self.minimize(sum(losses.values()), *self.optimizers)
-        if drawn.shape[1] > 1: self.count(batch.images, drawn)
         return {name: value.detach() for name, value in losses.items()}
 
     def distances(self, real: Float[Tensor, "b 3 h w"], drawn: Float[Tensor, "b p 3 h w"], levels: list[Tensor]) -> dict[str, Float[Tensor, ""]]:
@@ -310,14 +332,10 @@ class Distil(Phase):
         if self.stage == "stage1": return losses
         if drawn.shape[1] > 1:                                          # choose without a graph, and look at the chosen once more
             with torch.no_grad(): best = best_picture(held, teacher(drawn.flatten(0, 1)), real, drawn, self.weights)
+            self.system.chosen += self.group.sum(F.one_hot(best, drawn.shape[1]).sum(0))
             drawn = drawn[torch.arange(len(drawn), device=best.device), best][:, None]
         losses["stage 2"] = stage2_loss(held, teacher(drawn[:, 0]), real, drawn, self.weights)
         return losses
-
-    @torch.no_grad()
-    def count(self, real: Float[Tensor, "b 3 h w"], drawn: Float[Tensor, "b p 3 h w"]):
-        "Remember which outputs were nearest."
-        self.system.chosen += self.group.sum(F.one_hot(image_distance(real, drawn).argmin(1), drawn.shape[1]).sum(0))
 
     def validate(self):
         rows = spread(self.val.positions, 200)
@@ -430,13 +448,13 @@ class Painter(nn.Module):
 
     def forward(self,
         codes: Float[Tensor, "b d"],
-        cloud: bool = False,                # also its mean and log-variance; else the middle of it is drawn
+        cloud: bool = False,                # also its mean and log-variance
     ) -> tuple[Tensor, ...]:
-        "Pictures low to high, with fresh noise."
+        "Pictures low to high, with fresh noise; StackGAN's of a fresh point of the cloud, in evaluation too."
         noise = torch.randn(len(codes), self.noise, device=codes.device)
         if not self.clouded: return self.generator(self.compress(codes), noise)
         mean, log_variance = self.compress(codes)
-        drawn = self.generator(self.compress.sample(mean, log_variance) if cloud else mean, noise)
+        drawn = self.generator(self.compress.sample(mean, log_variance), noise)
         return (*drawn, mean, log_variance) if cloud else drawn
 
 # %% ../../nbs/systems/05_sdn.ipynb #ea84d38d
@@ -456,7 +474,7 @@ class Sdn(System):
         elif config.model == "text": raise ValueError(f"codes come from {config.text_vectors}: leave text_vectors out to train a text encoder.")
         if config.model == "text": return
         for name, value in (("middle", 0.), ("spread", 1.)): self.register_buffer(name, torch.full((config.width,), value))
-        self.register_buffer("chosen", torch.zeros(config.drawn, dtype=torch.long))         # how often each output was the nearest to the truth
+        self.register_buffer("chosen", torch.zeros(config.drawn, dtype=torch.long))         # how often Stage II found each output the best
         for module in self.resting: module.requires_grad_(False).eval()
         if config.model in STAGES: self._build_student()
         else:
@@ -467,7 +485,7 @@ class Sdn(System):
     def _build_student(self):
         config = self.config
         if config.model != "image": self.teacher = vgg19_teacher() if config.teacher == "vgg19" else Teacher(vgg_layers(PLANS[config.teacher])).freeze()
-        self.student = Mirror(PLANS[config.teacher], config.side, config.width, config.hidden, config.drawn, config.normalize)
+        self.student = Mirror(PLANS[config.teacher], config.side, config.width, config.hidden, config.drawn, config.normalize, config.resize)
 
     @classmethod
     def open_data(cls, config, data, split, vocabulary=None):
@@ -584,7 +602,7 @@ def drawing_scores(
     rows = spread(test.positions, system.config.judged)
     drawn = system.of_captions(test, rows)
     scores, found = drawn_scores(drawn, test, rows, system.config.judge), {"SSIM": [], "FSIM": [], "error": []}
-    others = [rows[k] for k in derangement(len(rows), 0, "drawings beside others' pictures")]
+    others = [rows[k] for k in derangement(len(rows), 0, "drawings beside others' pictures")] if len(rows) > 1 else []
     for wanted in (rows, others):
         for some, part in zip(in_parts(wanted, 64), drawn.split(64)):
             unit = lambda images: (images.clamp(-1, 1) + 1) / 2
@@ -592,7 +610,7 @@ def drawing_scores(
             measures = ssim(unit(part), unit(real)), fsim(unit(part), unit(real)).fsim, (part - real).abs().mean((1, 2, 3))
             for name, values in zip(found, measures): found[name] += values.tolist()
     n = len(rows)
-    scores |= {f"drawn {name}": Score(values[:n], "", sum(values[n:]) / n) for name, values in found.items()}
+    scores |= {f"drawn {name}": Score(values[:n], "", sum(values[n:]) / n if others else None) for name, values in found.items()}
     if system.config.drawn > 1: scores["diversity"] = Score(diversity(system.draw(system.first_codes(test, rows[:200]))).tolist(), "")
     return scores
 
@@ -612,6 +630,7 @@ def nearest_training(
     count: int = 5,
 ) -> Int[Tensor, "b count"]:                # positions of pictures in the split, the nearest first
     "The training pictures that a drawn one resembles most, to the teacher's eye."
+    if not hasattr(system, "teacher"): raise ValueError(f"the model {system.config.model!r} has no teacher to look: take {', '.join(list(STAGES)[1:])}.")
     device = next(system.teacher.parameters()).device
     describe = lambda images: F.normalize(system.teacher(images.to(device))[-1].mean((2, 3)).cpu(), dim=1)
     known = torch.cat([describe(pictures_of(train, part)) for part in in_parts(range(len(train.positions)), 64)])

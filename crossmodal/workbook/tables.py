@@ -291,8 +291,8 @@ SDN_TABLE1 = {                              # row -> model; Inception Score, SSI
     "StackGAN": ("stackgan", (4.95, .2812, .5869), (3.54, .1837, .6009)),
     "GAN-INT-CLS": ("gan-int-cls", (5.08, .2934, .6082), (4.17, .1948, .6214)),
 }
-SDN_TABLE2 = {                              # row of Table 1 -> quality and correlation rank, CUB (among four systems) and Oxford-102 (among three)
-    "SDN": ((2.26, 2.23), (1.74, 1.77)), "StackGAN": ((2.44, 2.44), (1.87, 1.90)), "GAN-INT-CLS": ((2.77, 2.83), (2.39, 2.33)),
+SDN_TABLE2 = {                              # row of Table 1 -> quality and correlation rank on Oxford-102; CUB's are among four systems
+    "SDN": (1.74, 1.77), "StackGAN": (1.87, 1.90), "GAN-INT-CLS": (2.39, 2.33),
 }
 SDN_TABLE3 = {                              # row -> model, Inception Score on CUB
     "Image space loss": ("image", 2.11), "Stage-I loss": ("stage1", 3.9), "Stage-II loss": ("stage2", 4.77), "Stage-I & Stage-II loss": ("joint", 5.98),
@@ -301,15 +301,16 @@ SDN_TABLE3 = {                              # row -> model, Inception Score on C
 
 
 def sdn_drawn(row: str, model: str, papers: Mapping[str, Mapping[str, float]], lite: str = "efficientnet_lite0") -> list[Cell]:
-    "What can be measured of one row's pictures. Which Inception Score there is depends on the run's judge; the printed one is of an Inception's."
+    "What can be measured of one row's pictures. Which Inception Score and FID there are depends on the run's judge; the printed score is an Inception's."
+    judge, printed = "inception_v3", " ".join(papers["Inception Score (inception_v3)"])
     measures = {f"Inception Score ({lite})": (f"drawn inception score ({lite})", ""), "SSIM": ("drawn SSIM", ""), "FSIM": ("drawn FSIM", ""),
                 f"FID ({lite})": (f"drawn fid ({lite})", ""), "L1 distance": ("drawn error", ""), "attributes (%)": ("drawn attributes", "birds"),
-                "Inception Score (inception_v3)": ("drawn inception score (inception_v3)", "cub")}
+                f"Inception Score ({judge})": (f"drawn inception score ({judge})", printed), f"FID ({judge})": (f"drawn fid ({judge})", printed)}
     return [Cell(row, "pictures drawn", metric, score, papers.get(metric), "sdn", {"model": model}, only) for metric, (score, only) in measures.items()]
 
 
 def sdn_table1() -> list[Cell]:
-    "Table 1 of paper 004, with FID, the distance in pixels and, of drawn birds, attributes."
+    "Table 1 of paper 004, with FID, the distance in pixels and, of drawn birds, attributes. The teacher is the preset's: VGG19 in `paper` alone."
     names, cells = ("Inception Score (inception_v3)", "SSIM", "FSIM"), []
     for row, (model, *printed) in SDN_TABLE1.items():
         cells += sdn_drawn(row, model, {name: dict(zip(("cub", "flowers102"), figures)) for name, *figures in zip(names, *printed)})
@@ -318,12 +319,12 @@ def sdn_table1() -> list[Cell]:
 
 def sdn_table2() -> list[Cell]:
     "Table 2 of paper 004: the mean rank that people gave, of the systems that are here."
-    return [Cell(row, what, "human rank", f"human {what} rank", {"cub": cub[k], "flowers102": flowers[k]}, "sdn", {"model": SDN_TABLE1[row][0]}, rated=True)
-            for row, (cub, flowers) in SDN_TABLE2.items() for k, what in enumerate(("quality", "correlation"))]
+    return [Cell(row, what, "human rank", f"human {what} rank", {"flowers102": figure}, "sdn", {"model": SDN_TABLE1[row][0]}, rated=True)
+            for row, figures in SDN_TABLE2.items() for what, figure in zip(("quality", "correlation"), figures, strict=True)]
 
 
 def sdn_table3() -> list[Cell]:
-    "Table 3 of paper 004, which prints Inception Scores only."
+    "Table 3 of paper 004, which prints Inception Scores only; the teacher as in Table 1."
     return [cell for row, (model, printed) in SDN_TABLE3.items() for cell in sdn_drawn(row, model, {"Inception Score (inception_v3)": {"cub": printed}})]
 
 # %% ../../nbs/workbook/00_tables.ipynb #dc0181f5
@@ -489,8 +490,8 @@ def table_row(
     head = {"row": cell.row, "column": cell.column, "metric": cell.metric, "paper": paper}
     if not records: return head | {"n": 0, "runs": ""}
     scores = [measured(record, cell.score) for record in records]
-    kinds = {(record["preset"], data_name(record)) for record in records}
-    if len(kinds) > 1: raise RunError(f"{cell.row}, {cell.column}: runs of different presets or data cannot share a cell: {sorted(kinds)}.")
+    kinds = {(record["preset"], data_name(record), record["config"].get("teacher", "")) for record in records}
+    if len(kinds) > 1: raise RunError(f"{cell.row}, {cell.column}: runs of different presets, data or teachers cannot share a cell: {sorted(kinds)}.")
     if cell.rated: return head | _rated_figures(cell, records, scores)
     groups, chances = tuple(tuple(score["values"]) for score in scores), [score["chance"] for score in scores]
     estimate = estimate_of(groups, same_items(records, groups))
