@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 WORK, SITE, NBS, PACKAGE = ROOT / "_docs", ROOT / "_site", ROOT / "nbs", ROOT / "crossmodal"
 WORKERS = 2
-OTHER_RUNS = "*Drawn when this site was made, of runs at preset `{preset}`; the tables and figures around it are stored, of runs that the first output names.*"
+OTHER_RUNS = "*Drawn when this site was made, of runs at preset {}; the tables and figures around it are stored, of runs that the first output names.*"
 MATHJAX, WIDGETS = "mathjax", "@jupyter-widgets/html-manager/dist"
 SCRIPTS = {                                 # what the pages load: from npm's folder to ours
     f"{MATHJAX}/es5/tex-svg.js": "mathjax/tex-svg.js", f"{MATHJAX}/es5/input/tex/extensions": "mathjax/input/tex/extensions",
@@ -122,7 +122,7 @@ def executed(notebook: Path, folder: Path, code: str) -> nbformat.NotebookNode:
     whole = system in made_by_workbook()
     runs, preset = (ROOT / "runs", "quick") if whole else (folder / f"runs-{code}", "smoke")
     mixed = system in dict(IN_WORKBOOK) and any(cell.get("outputs") for cell in stored.cells)
-    words = OTHER_RUNS.format(preset=preset) if mixed else ""
+    words = OTHER_RUNS.format(f"`{preset}`{', at which nothing is learned' if preset == 'smoke' else ''}") if mixed else ""
     key = hashlib.sha256((code + preset + json.dumps([cell.source for cell in stored.cells])).encode()).hexdigest()[:16]
     kept = folder / f"{'-'.join(notebook.with_suffix('').parts)}-{key}.ipynb"
     if kept.exists():
