@@ -1,7 +1,7 @@
 """`make docs`: notebooks, reference, results and a few pages of prose become a site in _site/ that opens from a folder.
 
     vendor    MathJax and the widgets' script, from npm                      _docs/vendor
-    execute   notebooks that are stored without outputs, two at a time       _docs/executed (kept until notebook or package change)
+    execute   notebooks that are stored without all outputs, two at a time   _docs/executed (kept until notebook or package change)
               (papers' pages show the runs of `make workbook` where runs/ has them all, else small ones trained on the spot)
     chapters  nbdev's processors over all of them                            _proc, then _docs/source
     pages     reference, results, open questions, rooms, prose               _docs/source
@@ -9,6 +9,7 @@
     links     every link and every picture inside the site is there
 """
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 WORK, SITE, NBS, PACKAGE = ROOT / "_docs", ROOT / "_site", ROOT / "nbs", ROOT / "crossmodal"
 WORKERS = 2
+OTHER_RUNS = "*Drawn when this site was made, of runs at preset {}; the tables and figures around it are stored, of runs that the first output names.*"
 MATHJAX, WIDGETS = "mathjax", "@jupyter-widgets/html-manager/dist"
 SCRIPTS = {                                 # what the pages load: from npm's folder to ours
     f"{MATHJAX}/es5/tex-svg.js": "mathjax/tex-svg.js", f"{MATHJAX}/es5/input/tex/extensions": "mathjax/input/tex/extensions",
@@ -65,7 +67,35 @@ def vendor(folder: Path) -> Path:
 
 # execute
 
-def has_outputs(content) -> bool: return any(cell.cell_type == "code" and cell.outputs for cell in content.cells)
+def called(node: ast.AST) -> set[str]:
+    "The names of what is called when a cell runs: not in the functions that it defines."
+    found = {ast.unparse(node.func).rpartition(".")[2]} if isinstance(node, ast.Call) else set()
+    inner = [] if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda)) else ast.iter_child_nodes(node)
+    return found.union(*map(called, inner))
+
+
+def lacks_output(cell) -> bool:
+    "Whether by its source a cell shows something (it prints, draws, or ends in a value), and nothing is stored. In doubt, yes: that costs seconds."
+    if cell.cell_type != "code" or cell.outputs or re.search(r"^#\|\s*(hide|export|eval: false)\b", cell.source, re.MULTILINE): return False
+    code = ast.parse(re.sub(r"^[%!].*", "", cell.source, flags=re.MULTILINE))
+    if called(code) & {"print", "display", "subplots"}: return True
+    ends_in_value = bool(code.body) and isinstance(code.body[-1], ast.Expr) and not cell.source.rstrip().endswith(";")
+    return ends_in_value and not ast.unparse(code.body[-1]).startswith("test_")
+
+
+def complete(content) -> bool: return any(cell.get("outputs") for cell in content.cells) and not any(map(lacks_output, content.cells))
+
+
+def filled(stored: nbformat.NotebookNode, run: nbformat.NotebookNode, words: str = "") -> nbformat.NotebookNode:
+    "A notebook as stored; what its other cells show when it is run, under `words`."
+    from chapters import STATE
+    for cell, new in zip(stored.cells, run.cells):
+        if cell.cell_type != "code" or cell.outputs: continue
+        note = [nbformat.v4.new_output("display_data", {"text/markdown": words})] if words and lacks_output(cell) else []
+        cell.outputs = [*note, *new.outputs]
+    states = [content.metadata.get("widgets", {}).get(STATE, {}).get("state", {}) for content in (stored, run)]
+    stored.metadata = nbformat.from_dict(run.metadata | {"widgets": {STATE: {"state": states[0] | states[1]}}})
+    return stored
 
 
 def package_hash() -> str:
@@ -84,16 +114,20 @@ def made_by_workbook() -> frozenset[str]:
 
 
 def executed(notebook: Path, folder: Path, code: str) -> nbformat.NotebookNode:
-    "A notebook with its outputs: as stored, or run in its own folder by a kernel of its own. What was run is kept under the hash of all that it depends on."
-    content = nbformat.read(NBS / notebook, as_version=4)
-    if has_outputs(content): return content
-    whole = notebook.parts[0] == "workbook" and notebook.stem.split("_", 1)[1] in made_by_workbook()
+    """A notebook with its outputs: as stored, and where that lacks some, as it shows them when run in its own folder by a kernel of its own.
+    What was run is kept under the hash of all that it depends on."""
+    stored = nbformat.read(NBS / notebook, as_version=4)
+    if complete(stored): return stored
+    system = notebook.stem.partition("_")[2] if notebook.parts[0] == "workbook" else ""
+    whole = system in made_by_workbook()
     runs, preset = (ROOT / "runs", "quick") if whole else (folder / f"runs-{code}", "smoke")
-    key = hashlib.sha256((code + preset + json.dumps([cell.source for cell in content.cells])).encode()).hexdigest()[:16]
+    mixed = system in dict(IN_WORKBOOK) and any(cell.get("outputs") for cell in stored.cells)
+    words = OTHER_RUNS.format(f"`{preset}`{', at which nothing is learned' if preset == 'smoke' else ''}") if mixed else ""
+    key = hashlib.sha256((code + preset + json.dumps([cell.source for cell in stored.cells])).encode()).hexdigest()[:16]
     kept = folder / f"{'-'.join(notebook.with_suffix('').parts)}-{key}.ipynb"
     if kept.exists():
         kept.touch()
-        return nbformat.read(kept, as_version=4)
+        return filled(stored, nbformat.read(kept, as_version=4), words)
     started = time.perf_counter()
     environment = {"OMP_NUM_THREADS": "1", "CROSSMODAL_RUNS": str(runs), "CROSSMODAL_PRESET": preset,
                    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
@@ -101,7 +135,7 @@ def executed(notebook: Path, folder: Path, code: str) -> nbformat.NotebookNode:
     folder.mkdir(parents=True, exist_ok=True)
     nbformat.write(content, kept)
     print(f"         {time.perf_counter() - started:4.0f} s  {notebook}", flush=True)
-    return content
+    return filled(stored, content, words)
 
 
 def execute_all(notebooks: list[Path], folder: Path) -> dict[Path, nbformat.NotebookNode]:
@@ -183,7 +217,7 @@ def write_results(folder: Path, extra: Path, house):
     shutil.copytree(ROOT / "results", extra, dirs_exist_ok=True)
     tables = sorted((ROOT / "results").glob("*.csv"))
     for csv in tables:
-        chapter = house.pages_of(csv.stem.partition("_")[0])[0].as_posix()
+        chapter = house.chapter_of(csv.stem.partition("_")[0]).as_posix()
         (folder / f"{csv.stem}.md").write_text(records.result_page(csv, chapter, folder), encoding="utf-8")
     links = "\n".join(f"- [{records.title(csv.stem)}]({csv.stem}.md)" for csv in tables)
     words = (records.WORDS / "index.md").read_text(encoding="utf-8")

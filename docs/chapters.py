@@ -42,7 +42,7 @@ def drop_directives(cell):
 
 
 class Outputs(Processor):
-    "Outputs for people: no stderr, no progress bars, of the widgets only those that are shown, a name for each figure."
+    "Outputs for people: no stderr, no progress bars, no controls beside HTML that needs none, only widgets that are shown, a name for each figure."
     def begin(self):
         self.section = ""
         self.models = self.nb.metadata.get("widgets", {}).get(STATE, {}).get("state", {})
@@ -50,6 +50,8 @@ class Outputs(Processor):
     def cell(self, cell):
         if cell.cell_type == "markdown": self.section = next(iter(re.findall(r"^#+ (.*)", cell.source, re.MULTILINE)[::-1]), self.section)
         else:
+            for output in cell.outputs:
+                if "text/html" in output.get("data", {}): output["data"].pop(VIEW, None)        # `ShownTwice`: the controls need a kernel
             cell["outputs"] = [output for output in cell.outputs if self.wanted(output)]
             if any("image/png" in output.get("data", {}) for output in cell.outputs):
                 words = re.sub(r"[$`\\*_{}]", "", self.section)

@@ -68,6 +68,11 @@ def pages_of(system: str) -> list[Path]:
     return [path for room in ("systems", "workbook") for path in in_room(room) if path.stem.partition("_")[2] == system]
 
 
+def chapter_of(system: str) -> Path:
+    "Where a table's system is explained; `all` of them, where they stand together."
+    return Path("workbook/14_together.ipynb") if system == "all" else pages_of(system)[0]
+
+
 def paper_table() -> str:
     rows = ["| paper | system | chapter | | tables and figures |", "|---|---|---|---|---|"]
     for system in systems():

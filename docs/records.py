@@ -13,8 +13,8 @@ WORDS = Path(__file__).parent / "tables"    # what is to be said of a table, whe
 
 
 def title(stem: str) -> str:
-    "laviter_table2 -> laviter, table 2"
-    return re.sub(r"table(\d)", r"table \1", stem).replace("_", ", ", 1)
+    "laviter_table2 -> laviter, table 2; all_birds -> all systems, birds"
+    return re.sub(r"^all_", "all systems_", re.sub(r"table(\d)", r"table \1", stem)).replace("_", ", ", 1)
 
 
 def listed(values: pd.Series) -> str: return "; ".join(sorted(values.dropna().unique()))
@@ -25,7 +25,8 @@ def result_page(csv: Path, chapter: str, pictures: Path) -> str:
     table, stem = read_table(csv), csv.stem
     words, system = WORDS / f"{stem}.md", stem.partition("_")[0]
     parts = [f"# {title(stem)}", *([words.read_text(encoding="utf-8").strip()] if words.exists() else [])]
-    parts.append(f"`{system}`, {SYSTEMS[system].title}: [its chapter](/{chapter}). Data: {listed(table['data'])}; preset {listed(table['preset'])}. "
+    about = "Beyond the papers, by measures that all systems share: [how](" if system == "all" else f"`{system}`, {SYSTEMS[system].title}: [its chapter]("
+    parts.append(f"{about}/{chapter}). Data: {listed(table['data'])}; preset {listed(table['preset'])}. "
                  "A cell is ours, its 95 % interval in brackets, and the paper's figure in parentheses where there is one. "
                  f"As a file: <a href=\"{csv.name}\">{csv.name}</a>.")
     for k, metric in enumerate(dict.fromkeys(table["metric"])):

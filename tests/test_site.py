@@ -6,9 +6,12 @@ import re
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from execnb.nbio import dict2nb, mk_cell
+
+from crossmodal.workbook.tables import read_table
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -97,6 +100,46 @@ def test_progress_bars_and_stderr_go_and_other_widgets_stay():
     assert set(nb.metadata["widgets"][chapters.STATE]["state"]) == {"box", "slider"}
 
 
+def test_controls_go_where_html_stands_beside_them():
+    "`ShownTwice` offers both, and myst-nb would show the controls, which move nothing without a kernel."
+    both = view("box")
+    both["data"]["text/html"] = "<p>answers</p>"
+    nb = processed(mk_cell("# A", "markdown"), with_outputs("1", both), widgets=MODELS)
+    assert set(nb.cells[-1].outputs[0].data) == {"text/plain", "text/html"} and "widgets" not in nb.metadata
+
+
+@pytest.mark.parametrize("source, shows", [
+    ("x = 1\nx", True), ("if x: print(x)", True), ("fig, ax = plt.subplots()\nax.plot(x);", True), ("for x in y: display(x)", True), ("%time f()\nx", True),
+    ("x = 1", False), ("f(x);", False), ("test_eq(x, 1)", False), ("def f(): print(1)", False), ("f = lambda: print(1)", False), ("", False),
+    ("#| hide\nx", False), ("#| export\nx", False), ("#| eval: false\nx", False), ("#| hide_input\nx", True)])
+def test_what_shows_something_is_told_by_its_source(source, shows):
+    assert build.lacks_output(nbformat.v4.new_code_cell(source)) == shows
+    assert not build.lacks_output(nbformat.v4.new_code_cell(source, outputs=[nbformat.v4.new_output("stream", text="1")]))
+
+
+def test_a_notebook_with_gaps_is_run_and_keeps_what_is_stored(tmp_path, monkeypatch):
+    "The figures of a paper's page are of long runs; what the site draws into its gaps is of short ones, and says so."
+    (tmp_path / "workbook").mkdir()
+    monkeypatch.setattr(build, "NBS", tmp_path)
+    code, stream = nbformat.v4.new_code_cell, lambda text: nbformat.v4.new_output("stream", text=text)
+    cells = [code("print(1)", outputs=[stream("stored")]), code("x = 1"), code("x")]
+    for name in ("02_embedmap", "00_pictures"): nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"workbook/{name}.ipynb")
+
+    def execute(path, environment):
+        content = nbformat.read(path, as_version=4)
+        content.cells[0].outputs, content.cells[2].outputs = [stream("run")], [nbformat.from_dict(view("box"))]
+        content.metadata.widgets = {chapters.STATE: {"state": MODELS}}
+        return content
+    monkeypatch.setattr(build, "execute", execute)
+    for _ in range(2):                      # run, and kept
+        nb = build.executed(Path("workbook/02_embedmap.ipynb"), tmp_path / "kept", "code")
+        assert nb.cells[0].outputs[0].text == "stored" and not nb.cells[1].outputs and nb.metadata.widgets[chapters.STATE].state == MODELS
+        words, value = nb.cells[2].outputs
+        assert "preset `smoke`" in words.data["text/markdown"] and chapters.VIEW in value.data
+    nb = build.executed(Path("workbook/00_pictures.ipynb"), tmp_path / "kept", "code")
+    assert nb.cells[0].outputs[0].text == "stored" and len(nb.cells[2].outputs) == 1
+
+
 def test_what_is_hidden_goes_and_what_is_exported_stays():
     nb = processed(mk_cell("# A", "markdown"), mk_cell("#| default_exp losses.ranking"), mk_cell("#| hide\nsecret = 1"),
                    mk_cell("#| export\nimport os\nimport re"), mk_cell("#| export\ndef order_scores(): ..."),
@@ -150,7 +193,18 @@ def test_all_open_questions_are_gathered():
 
 
 def test_every_stored_table_has_a_chapter():
-    for csv in (ROOT / "results").glob("*.csv"): assert house.pages_of(csv.stem.partition("_")[0])
+    for csv in (ROOT / "results").glob("*.csv"): assert (NBS / house.chapter_of(csv.stem.partition("_")[0])).exists()
+
+
+def test_a_table_of_all_systems_has_a_page(tmp_path, monkeypatch):
+    (tmp_path / "results/runs").mkdir(parents=True)
+    table = read_table(ROOT / "results/embedmap_speakers.csv").assign(runs=None)
+    table.to_csv(tmp_path / "results/all_digits.csv", index=False)
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    build.write_results(tmp_path / "pages", tmp_path / "extra", house)
+    text = (tmp_path / "pages/all_digits.md").read_text(encoding="utf-8")
+    assert text.startswith("# all systems, digits") and "](/workbook/14_together.ipynb)" in text and (NBS / "workbook/14_together.ipynb").exists()
+    assert "[all systems, digits](all_digits.md)" in (tmp_path / "pages/index.md").read_text(encoding="utf-8")
 
 
 # Links of a built site
