@@ -144,17 +144,18 @@ SELFSUP_PRESETS = {
         "text_epochs": Changed(8, "two cores, minutes"), "text_rate": Changed(4e-3, "few steps, so larger ones"),
         "forcing": Changed(1., "one call instead of twenty, and several times fewer steps"),
         "freeze_words": Changed(True, "where vectors are given: few captions would pull only their own words away"),
-        "mapping_hidden": Changed(2, "two cores, minutes"), "gan_epochs": Changed(24, "likewise"),
+        "mapping_hidden": Changed(1, "two cores, minutes; narrow ones leave time for more updates"), "gan_epochs": Changed(24, "likewise"),
         "critic_bound": Changed(0., "a bounded critic wants some hundred thousand steps"),
-        "mmd_epochs": Changed(30, "two cores, minutes"), "mmd_patient": Changed(2, "few steps"), "mmd_speed": Changed(5., "few steps, so larger ones")},
+        "mmd_epochs": Changed(90, "two cores, a minute for 500 updates of the generator"), "mmd_patient": Changed(2, "few steps"),
+        "mmd_speed": Changed(5., "few steps, so larger ones")},
     "reduced": REBUILD_PRESETS["reduced"] | {
         "branches": Changed(2, "32 and 64 pixels"), "generator_width": Changed(16, "two cores"), "discriminator_width": Changed(8, "likewise"),
         "pixel_weight": Changed(200., "as in quick, but photographs are judged by their look"),
         "kl_weight": Changed(1., "as in quick"), "forcing": Changed(1., "as in quick"), "freeze_words": Changed(True, "as in quick"),
         "pretrain_epochs": Changed(3, "two cores"), "text_epochs": Changed(40, "likewise"), "text_rate": Changed(3e-3, "few steps"),
         "gan_epochs": Changed(200, "two cores"),
-        "critic_bound": Changed(0., "a bounded critic wants some hundred thousand steps"), "mmd_epochs": Changed(200, "two cores"),
-        "mmd_patient": Changed(2, "few steps")},
+        "critic_bound": Changed(0., "a bounded critic wants some hundred thousand steps"), "mapping_hidden": Changed(1, "as in quick"),
+        "mmd_batch": Changed(32, "few pictures, so more updates in an epoch"), "mmd_patient": Changed(2, "few steps"), "mmd_speed": Changed(5., "as in quick")},
     "paper": {},
 }
 
