@@ -64,7 +64,7 @@ def mmd(system, data): return MmdPhase(system, data, 1, 12)
     (pictures, {"bounded": True}), (pictures, {"wrong_pictures": True}), (pictures, {"colour_weight": 40.}), (pictures, {"pixel_weight": 10.}),
     (pictures, {"kl_weight": 0.}), (pictures, {"augment": False}), (pictures, {"branches": 1}), (pictures, {"branches": 3}), (gan, {"image_code": "sample"}),
     (gan, {"image_code": "mean"}), (gan, {"matched": True}), (gan, {"pads_count": True}), (mmd, {"image_code": "mean"}), (mmd, {"matched": True}),
-    (mmd, {"one_sided_weight": 16.}), (mmd, {"mmd_root": False})])
+    (mmd, {"one_sided_weight": 16.}), (mmd, {"mmd_root": True})])
 def test_every_reading_runs_and_makes_a_difference(phase, changes):
     default, other = first_losses(phase), first_losses(phase, **changes)
     assert np.isfinite([*default.values(), *other.values()]).all()
