@@ -64,7 +64,7 @@ def mmd(system, data): return MmdPhase(system, data, 1, 12)
     (pictures, {"bounded": True}), (pictures, {"wrong_pictures": True}), (pictures, {"colour_weight": 40.}), (pictures, {"pixel_weight": 10.}),
     (pictures, {"kl_weight": 0.}), (pictures, {"augment": False}), (pictures, {"branches": 1}), (pictures, {"branches": 3}), (gan, {"image_code": "sample"}),
     (gan, {"image_code": "mean"}), (gan, {"matched": True}), (gan, {"pads_count": True}), (mmd, {"image_code": "mean"}), (mmd, {"matched": True}),
-    (mmd, {"one_sided_weight": 16.})])
+    (mmd, {"one_sided_weight": 16.}), (mmd, {"mmd_root": True})])
 def test_every_reading_runs_and_makes_a_difference(phase, changes):
     default, other = first_losses(phase), first_losses(phase, **changes)
     assert np.isfinite([*default.values(), *other.values()]).all()
@@ -89,6 +89,14 @@ def test_word_vectors_are_taken_and_stay(tmp_path, capsys):
     assert "1 of" in capsys.readouterr().out
     assert torch.equal(system.texts.words.weight[data.vocabulary.numbers["bird"]], torch.full((100,), .5))
     assert not system.texts.words.weight.requires_grad
+    assert tiny(word_vectors=str(tmp_path / "vectors.txt"), freeze_words=False)[0].texts.words.weight.requires_grad     # the paper only begins with them
+    assert tiny()[0].texts.words.weight.requires_grad
+
+
+def test_a_long_training_without_vectors_and_text_says_so(capsys):
+    system, _, data = tiny(text_epochs=500)
+    system.prepare(data)
+    assert "give word_vectors=FILE and text_file=FILE" in capsys.readouterr().out
 
 
 def test_a_single_picture_at_the_end_of_an_epoch():

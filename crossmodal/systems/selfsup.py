@@ -31,7 +31,7 @@ from ..data.features import FeatureCache
 from ..data.images import Transform
 from ..data.text import PAD, SPECIALS, Vocabulary, open_text, tokenize
 from ..losses.adversarial import colour_consistency, discriminator_loss, fake_loss, generator_loss, real_loss
-from ..losses.mmd import one_sided, root_mmd
+from ..losses.mmd import mmd2, one_sided, root_mmd
 from ..losses.variational import kl_to_standard_normal
 from ..metrics.alignment import class_accuracy
 from ..metrics.attributes import described_marks, drawn_marks, mark, read_attributes
@@ -80,7 +80,8 @@ class SelfSupConfig(RebuildConfig):
     colour_weight: Weight = 0.              # of the released code's colour loss (40 for birds, 50 for flowers); the paper has none
     pixel_weight: Weight = 0.               # of a squared error; the released code has one, commented out
     image_clip: Weight = 5.                 # length of a gradient, as released; 0: none
-    word_vectors: str = ""                  # a file in GloVe's format; empty: random vectors, which are then trained
+    word_vectors: str = ""                  # a file in GloVe's format to begin with; empty: random vectors
+    freeze_words: bool = False              # vectors of that file are not trained, as released; random ones always are
     text_file: str = ""                     # sentences to learn from first, one a line; the paper: a million of One Billion Words
     pretrain_epochs: Count = 50
     text_epochs: Count = 500                # at most; the paper does not say
@@ -102,6 +103,7 @@ class SelfSupConfig(RebuildConfig):
     mmd_batch: Count = 64
     mmd_patient: Count = 25                 # first updates of the generator before which the critic has a hundred
     mmd_speed: Rate = 1.                    # multiplies the released learning rates
+    mmd_root: bool = False                  # minimise the root of eq. 5, as released, not eq. 5 itself, a square
     one_sided_weight: Weight = 0.           # of a term that eq. 5 does not have (16 as released): a generator without bounds can make it as small as it likes
     mapping: Literal["gan", "mmd"] = "gan"  # which of the two draws and describes; both are trained
 
@@ -131,7 +133,8 @@ SELFSUP_PRESETS = {
         "branches": Changed(2, "a test must end in seconds"), "condition": Changed(16, "likewise"), "noise": Changed(4, "likewise"),
         "generator_width": Changed(4, "likewise"), "discriminator_width": Changed(4, "likewise"), "text_epochs": Changed(1, "likewise"),
         "pretrain_epochs": Changed(1, "likewise"), "meteor": Changed(False, "likewise: Java alone takes ten to start"),
-        "gan_epochs": Changed(2, "likewise"), "mmd_epochs": Changed(2, "likewise")},
+        "gan_epochs": Changed(2, "likewise"), "mmd_epochs": Changed(2, "likewise"),
+        "freeze_words": Changed(True, "where vectors are given: few captions would pull only their own words away")},
     "quick": REBUILD_PRESETS["quick"] | {
         "branches": Changed(2, "32 and 64 pixels"),
         "noise": Changed(8, "little is left to chance when the code says most"),
@@ -140,17 +143,19 @@ SELFSUP_PRESETS = {
         "kl_weight": Changed(1., "little beside so large an error; without any, variances run away"),
         "text_epochs": Changed(8, "two cores, minutes"), "text_rate": Changed(4e-3, "few steps, so larger ones"),
         "forcing": Changed(1., "one call instead of twenty, and several times fewer steps"),
-        "mapping_hidden": Changed(2, "two cores, minutes"), "gan_epochs": Changed(24, "likewise"),
+        "freeze_words": Changed(True, "where vectors are given: few captions would pull only their own words away"),
+        "mapping_hidden": Changed(1, "two cores, minutes; narrow ones leave time for more updates"), "gan_epochs": Changed(24, "likewise"),
         "critic_bound": Changed(0., "a bounded critic wants some hundred thousand steps"),
-        "mmd_epochs": Changed(30, "two cores, minutes"), "mmd_patient": Changed(2, "few steps"), "mmd_speed": Changed(5., "few steps, so larger ones")},
+        "mmd_epochs": Changed(90, "two cores, a minute for 500 updates of the generator"), "mmd_patient": Changed(2, "few steps"),
+        "mmd_speed": Changed(5., "few steps, so larger ones")},
     "reduced": REBUILD_PRESETS["reduced"] | {
         "branches": Changed(2, "32 and 64 pixels"), "generator_width": Changed(16, "two cores"), "discriminator_width": Changed(8, "likewise"),
         "pixel_weight": Changed(200., "as in quick, but photographs are judged by their look"),
-        "kl_weight": Changed(1., "as in quick"), "forcing": Changed(1., "as in quick"),
+        "kl_weight": Changed(1., "as in quick"), "forcing": Changed(1., "as in quick"), "freeze_words": Changed(True, "as in quick"),
         "pretrain_epochs": Changed(3, "two cores"), "text_epochs": Changed(40, "likewise"), "text_rate": Changed(3e-3, "few steps"),
         "gan_epochs": Changed(200, "two cores"),
-        "critic_bound": Changed(0., "a bounded critic wants some hundred thousand steps"), "mmd_epochs": Changed(200, "two cores"),
-        "mmd_patient": Changed(2, "few steps")},
+        "critic_bound": Changed(0., "a bounded critic wants some hundred thousand steps"), "mapping_hidden": Changed(1, "as in quick"),
+        "mmd_batch": Changed(32, "few pictures, so more updates in an epoch"), "mmd_patient": Changed(2, "few steps"), "mmd_speed": Changed(5., "as in quick")},
     "paper": {},
 }
 
@@ -500,7 +505,7 @@ class MmdPhase(MappingPhase):
     def gap(self, mapping, fake, target) -> tuple[Tensor, Tensor, Tensor]:
         "The distance of the two clouds in the inner space, and both clouds there."
         a, b = (self.group.everyone(mapping["encoder"](codes)) for codes in (target, fake))
-        gap, weight = root_mmd(a, b), self.config.one_sided_weight
+        gap, weight = (root_mmd if self.config.mmd_root else mmd2)(a, b), self.config.one_sided_weight
         return gap + weight * one_sided(a, b) if weight else gap, a, b
 
     def learn(self, way, mapping, source, target, optimizers) -> dict[str, Tensor]:
@@ -543,7 +548,7 @@ class SelfSup(Rebuilds):
         self.pictures = PictureAutoencoder(config, sizes)
         self.discriminators = nn.ModuleList([initialize(StackDiscriminator(config.condition, size, config.discriminator_width)) for size in sizes])
         for module in (self.pictures, self.discriminators): module.to(memory_format=torch.channels_last)    # see tests/bench/channels_last.py
-        self.texts = TextAutoencoder(len(vocabulary), numbers["<start>"], numbers["<end>"], freeze_words=bool(config.word_vectors))
+        self.texts = TextAutoencoder(len(vocabulary), numbers["<start>"], numbers["<end>"], freeze_words=config.freeze_words and bool(config.word_vectors))
         image, text = config.code if config.image_code == "code" else config.condition, self.texts.decoder.hidden_size
         hidden = config.mapping_hidden * image
         self.mappings = nn.ModuleDict({
@@ -569,6 +574,8 @@ class SelfSup(Rebuilds):
             vectors, found = initial_vectors(self.vocabulary, self.config.word_vectors)
             print(f"{found} of {len(self.vocabulary.words)} words have vectors in {Path(self.config.word_vectors).name}")
             self.texts.words.weight.data.copy_(vectors)
+        elif not self.config.text_file and self.config.text_epochs >= SelfSupConfig.text_epochs:               # who trains as long as the paper
+            print("neither GloVe's vectors nor a text to learn from first: the paper has both; give word_vectors=FILE and text_file=FILE.")
 
     def phases(self, train, val):
         sentences = {split: Sentences(data.captions, data.lengths) for split, data in (("train", train), ("val", val))}
