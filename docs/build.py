@@ -247,9 +247,10 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
+        needed = tag == "link" and not {*(dict(attributes).get("rel") or "").split()} & {"next", "prev", "index", "search", "author"}
         for key, value in attributes:
             if key == "id" or (tag == "a" and key == "name"): self.ids.add(value)
-            elif value and (key == "src" or (key == "href" and tag == "link")): self.loads.append(value)
+            elif value and (key == "src" or (key == "href" and needed)): self.loads.append(value)
             elif value and key == "href": self.links.append(value)
 
 
