@@ -53,12 +53,12 @@ def execute(
     notebook: Path,
     environment: Mapping[str, str],         # beside that of this process
 ) -> "nbformat.NotebookNode":               # with outputs
-    "Run a notebook in its own folder, in a process of its own. The file is not changed."
+    "Run a notebook in its own folder, in a process of its own. The file is not changed. A cell may train, so it may take as long as it wants."
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
     content = nbformat.read(notebook, as_version=4)
-    client = NotebookClient(content, timeout=900, startup_timeout=180, iopub_timeout=180, kernel_name="python3", extra_arguments=["--log-level=ERROR"],
+    client = NotebookClient(content, timeout=None, startup_timeout=180, iopub_timeout=180, kernel_name="python3", extra_arguments=["--log-level=ERROR"],
                             resources={"metadata": {"path": str(notebook.parent.resolve())}})
     try: client.execute(env=os.environ | environment)
     except CellExecutionError as error: raise PageFailed(f"{notebook}: a cell failed.\n{error}") from error
