@@ -574,8 +574,6 @@ class SelfSup(Rebuilds):
             vectors, found = initial_vectors(self.vocabulary, self.config.word_vectors)
             print(f"{found} of {len(self.vocabulary.words)} words have vectors in {Path(self.config.word_vectors).name}")
             self.texts.words.weight.data.copy_(vectors)
-        elif not self.config.text_file and self.config.text_epochs >= SelfSupConfig.text_epochs:               # who trains as long as the paper
-            print("neither GloVe's vectors nor a text to learn from first: the paper has both; give word_vectors=FILE and text_file=FILE.")
 
     def phases(self, train, val):
         sentences = {split: Sentences(data.captions, data.lengths) for split, data in (("train", train), ("val", val))}
