@@ -93,12 +93,6 @@ def test_word_vectors_are_taken_and_stay(tmp_path, capsys):
     assert tiny()[0].texts.words.weight.requires_grad
 
 
-def test_a_long_training_without_vectors_and_text_says_so(capsys):
-    system, _, data = tiny(text_epochs=500)
-    system.prepare(data)
-    assert "give word_vectors=FILE and text_file=FILE" in capsys.readouterr().out
-
-
 def test_a_single_picture_at_the_end_of_an_epoch():
     system, _, data = tiny()
     phase = pictures(system, data)
