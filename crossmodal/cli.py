@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from .data.captioned import DATASETS, open_dataset
+from .data.captioned import COMES_WITH, DATASETS, open_dataset
 from .data.digits import data_folder
 from .data.store import SOURCES
 from .systems import experiments
@@ -49,6 +49,7 @@ def data(
     `check` decodes every picture and ends with status 1 if anything is wrong.
     `shard` writes a dataset as tar files and an index. Its folder can be given to `--data`; the tar files may lie where `base` in index.json says."""
     from crossmodal.data.store import get
+    if action == "get": name = COMES_WITH.get(name, name)
     if action == "list": _list_data()
     elif not name and action == "get": raise ValueError(f"get which dataset? Choose one of {', '.join(SOURCES)}.")
     elif action == "check": return _check_data(name or "digits")
@@ -62,7 +63,8 @@ def data(
 
 def _list_data():
     for name in dict.fromkeys([*DATASETS, *SOURCES]):
-        source, here = SOURCES.get(name), "here" if data_folder(name).is_dir() else ""
+        home = COMES_WITH.get(name, name)
+        source, here = SOURCES.get(home), "here" if data_folder(home).is_dir() else ""
         print(f"{name:11s} {here if source else 'made':5s} {source.size if source else '':18s} {DATASETS.get(name) or source.about}")
         if source: print(f"{'':36s} {source.licence}" + ("; in part by hand" if source.files and source.by_hand else "; by hand" if source.by_hand else ""))
 

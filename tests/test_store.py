@@ -460,6 +460,18 @@ def test_get_by_hand_and_refusals(tiny, tmp_path):
     with pytest.raises(StoreError, match="are free"): get("huge", tmp_path / "huge", yes=True, sources=huge)
 
 
+def test_a_disk_that_fails_costs_no_download(tiny, monkeypatch):
+    requests, sources, folder, _ = tiny
+    with monkeypatch.context() as patch:
+        def refuse(*_): raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        patch.setattr(store, "write_members", refuse)
+        with pytest.raises(StoreError, match="could not be unpacked.*is kept") as caught: get("tiny", folder, yes=True, sources=sources)
+    assert not isinstance(caught.value, BadArchive)
+    count = len(requests)
+    get("tiny", folder, yes=True, sources=sources)
+    assert whole(folder) == WHOLE and [path for path, _ in requests[count:]] == ["/notes.txt"]    # the archive was not asked for again
+
+
 def test_one_at_a_time(tiny):
     requests, sources, folder, body = tiny
     folder.mkdir(parents=True)

@@ -30,11 +30,10 @@ class Drawings:
     "Pictures that are drawn when they are read."
     birds: tuple[Bird, ...]
     side: int                                   # pixels
-    facing: str = ""                            # as `drawn_birds` was told
 
     def read(self, position: int) -> UInt8[np.ndarray, "side side 3"]: return draw_bird(self.birds[position], self.side)
-    def stamp(self, position: int) -> str: return f"drawing {DRAWING_VERSION} at {self.side}" + (f", facing {self.facing}" if self.facing else "")
-    def size(self, position: int) -> int: return 0
+    def stamp(self, position: int) -> str: return f"drawing {DRAWING_VERSION} at {self.side} of {self.birds[position]}"
+    def size(self, position: int) -> int: return int(DRAWING_VERSION) - 1                  # no file; another version, another fingerprint
 
 # %% ../../nbs/data/15_bird_collection.ipynb #b18884d0
 ATTRIBUTE_NAMES = tuple(f"{part}::{value}" for part, values in BIRD_ATTRIBUTES.items() for value in values)
@@ -92,7 +91,7 @@ def drawn_birds(
     classes = tuple(f"{k:03d}.{kind.name.replace(' ', '_')}" for k, kind in enumerate(species, start=1))
     pictures = [Picture(f"{classes[k]}/{index:04d}", _split(k, index), k, tuple(captions), tuple(value * side for value in box))
                 for (k, index), captions, box in zip(which, said["captions"], said["boxes"], strict=True)]
-    return Collection("birds", tuple(pictures), classes, Drawings(tuple(birds), side, facing), ATTRIBUTE_NAMES, label_columns(np.array(said["labels"])),
+    return Collection("birds", tuple(pictures), classes, Drawings(tuple(birds), side), ATTRIBUTE_NAMES, label_columns(np.array(said["labels"])),
                       class_disjoint=True, notes=(f"drawn: {per_species} birds of each of 40 species, seed {seed}",))
 
 

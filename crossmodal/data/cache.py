@@ -11,6 +11,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -38,7 +39,8 @@ def entry_name(
     name: str,                              # begins the folder's name
     key: dict[str, Any],                    # all that the contents depend on; JSON
 ) -> str:                                   # such as "cub-3f62d8a0c1f4"
-    "The name of an entry."
+    "The name of an entry. What a stranger calls a set leads nowhere else."
+    name = re.sub(r"[/\\\x00-\x1f]", "_", name).lstrip(".")[:80] or "set"
     return f"{name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
 
 # %% ../../nbs/data/14_cache.ipynb #0e8b7c1d
@@ -163,6 +165,6 @@ def cached_pictures(
     "The decoded pictures of a collection, from the cache; built first if need be. A collection of captions alone is a ValueError."
     if collection.pixels is None:
         raise ValueError(f"{collection.name} has captions and no pictures, which are needed here: put them into its folder, or choose another dataset.")
-    key = {"version": 1, "collection": collection.name, "fingerprint": collection.fingerprint, "stamps": collection.stamps,
+    key = {"version": 2, "collection": collection.name, "stamps": collection.stamps,      # version: of what `decode` and `prepare` make
            "box": transform.box, "base": transform.base, "squash": transform.squash}
     return PictureCache(entry(collection.name, key, lambda folder: write_pictures(collection, transform, folder, progress)))

@@ -34,6 +34,7 @@ from .cache import cache_folder
 from .collection import Collection, Picture, PictureFiles, Problem, decode
 from .dice import uniforms
 from .images import Transform, prepare
+from .text import TOKENIZERS
 
 try: import fcntl
 except ImportError: fcntl = None            # Windows refuses by itself to delete an open file
@@ -268,6 +269,9 @@ def _collection(folder: Path, index: dict) -> Collection:
     shards, base, classes = tuple(map(_shard, index["shards"])), index["base"], _words(index["class_names"])
     known = f"the base to be a folder or begin with one of {', '.join(SCHEMES[1:])}"
     _need(isinstance(base, str) and urlparse(base).scheme in SCHEMES and base != "-", known, base)
+    strange = urlparse(base).scheme not in ("", "file") and re.search(r"[\s'\"`$;|<>\\\x00-\x1f]", base)
+    _need(not strange, "an address without spaces, quotes or signs of a shell", base)
+    _need(index["tokenizer"] in TOKENIZERS, "a tokenizer", index["tokenizer"])
     _need(len({shard.name for shard in shards}) == len(shards), "shards of different names", [shard.name for shard in shards])
     _need(isinstance(index["name"], str) and CALLED.fullmatch(index["name"]), "a set's name", index["name"])
     _need(isinstance(index["official"], dict) and all(_whole(count, 0) for count in index["official"].values()), "counts", index["official"])

@@ -10,8 +10,8 @@ __all__ = ['MNIST', 'FSDD', 'GLOVE', 'REED', 'CUB', 'FLOWERS_HOME', 'FLOWERS', '
            'beside', 'strong_mark', 'request_headers', 'judge', 'put', 'pull', 'verify', 'settle', 'fetch',
            'BadArchive', 'Limits', 'safe_name', 'Names', 'zip_members', 'tar_members', 'Counted', 'opened', 'unpack',
            'write_members', 'describe', 'free_space', 'missing', 'ours', 'leftovers', 'bring', 'remove',
-           'bring_package', 'agree', 'get', 'caption_faults', 'label_faults', 'look', 'twins', 'counts', 'Report',
-           'check']
+           'bring_package', 'agree', 'get', 'caption_faults', 'label_faults', 'has_end', 'look', 'twins', 'counts',
+           'Report', 'check']
 
 # %% ../../nbs/data/18_store.ipynb #dd44fe66
 import base64
@@ -36,6 +36,7 @@ from typing import IO
 
 from .collection import SPLITS, Collection, PictureFiles, Problem
 from .shards import ShardError, ShardPixels, shard_faults
+from .text import has_words
 
 # %% ../../nbs/data/18_store.ipynb #1cb40400
 def readable_size(count: float) -> str:
@@ -390,6 +391,7 @@ def safe_name(name: str) -> PurePosixPath:
     parts = [part for part in name.split("/") if part not in ("", ".")]
     why = ("is absolute" if name.startswith("/") or re.match("[A-Za-z]:", name) else "leads out of the folder" if ".." in parts
            else "has a backslash" if "\\" in name else "has a control character" if re.search("[\0-\x1f\x7f]", name)
+           else "means something else on Windows" if any(":" in part or part != part.rstrip(" .") for part in parts)
            else "is too long" if any(len(part.encode(errors="replace")) > 255 for part in parts) else "")
     if why: raise BadArchive(f"the name {name!r} {why}")
     return PurePosixPath(*parts)
@@ -487,7 +489,9 @@ def unpack(
         raise BadArchive(f"{archive} cannot be unpacked: it is torn or no archive of its kind ({error}). Remove it and fetch it again.") from error
     except BadArchive as error: raise BadArchive(f"{archive} was not unpacked: {error}.") from None
     except StoreError: raise
-    except OSError as error: raise BadArchive(f"{archive} cannot be unpacked: {error}.") from error
+    except OSError as error:
+        if error.errno is None: raise BadArchive(f"{archive} cannot be unpacked: {error}.") from error        # gzip's and bz2's word for wrong bytes
+        raise StoreError(f"{archive} could not be unpacked into {folder.parent}: {error}. What has been downloaded is kept.") from error
     finally: shutil.rmtree(work, ignore_errors=True)
 
 
@@ -566,7 +570,7 @@ def bring(file: SourceFile, folder: Path):
         try:
             if file.takes and not unpacked.exists(): unpack(out, unpacked)
         except BadArchive:
-            remove(ours(file, folder)[0])                                                  # no sum told us; the next download may be better
+            if not (file.sha256 or file.md5): remove(ours(file, folder)[0])                # no sum told us; the next download may be better
             raise
         write_note(folder / MANIFEST, notes | {file.name: found | {"date": time.strftime("%Y-%m-%d")}})
     if not file.takes: return
@@ -659,7 +663,7 @@ def caption_faults(collection: Collection) -> list[Problem]:
     faults = [Problem("picture without captions", picture.name, "found none, but other pictures of its class have some")
               for picture in collection.pictures if not picture.captions and picture.label in told and stem(picture.name) not in known]
     return faults + [Problem("empty caption", picture.name, f"{empty} of {len(picture.captions)} are empty")
-                     for picture in collection.pictures if (empty := sum(not caption.strip() for caption in picture.captions))]
+                     for picture in collection.pictures if (empty := sum(not has_words(caption, collection.tokenizer) for caption in picture.captions))]
 
 
 def label_faults(collection: Collection) -> list[Problem]:
@@ -676,6 +680,16 @@ def label_faults(collection: Collection) -> list[Problem]:
     return faults
 
 # %% ../../nbs/data/18_store.ipynb #e4a3545b
+def has_end(
+    raw: bytes,                                                    # of a JPEG file
+) -> bool:
+    "Whether the first picture of a JPEG file has its end marker. A telephone may put a film behind it; a preview lies before its first scan."
+    at = 2
+    while raw[at:at + 1] == b"\xff" and raw[at + 1:at + 2] != b"\xda":               # markers with their lengths, up to the start of the first scan
+        at += 1 if raw[at + 1:at + 2] == b"\xff" else 2 + int.from_bytes(raw[at + 2:at + 4], "big")
+    return raw.find(b"\xff\xd9", at) >= 0
+
+
 def look(collection: Collection, position: int) -> tuple[str, str] | Problem:
     "Fingerprints of a picture's file and of its pixels, or what is wrong with it."
     pixels, name = collection.pixels, collection.pictures[position].name
@@ -683,7 +697,7 @@ def look(collection: Collection, position: int) -> tuple[str, str] | Problem:
         image = pixels.read(position)
         shown = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=16).hexdigest()
         raw = pixels.path(position).read_bytes() if isinstance(pixels, PictureFiles) else b""
-        if raw[:2] == b"\xff\xd8" and raw.rfind(b"\xff\xd9") < raw.rfind(b"\xff\xda"):      # JPEG's markers: start; end after start of the last scan
+        if raw[:2] == b"\xff\xd8" and not has_end(raw):
             return Problem("truncated picture", name, "has no end marker: its last bytes are missing")
         return hashlib.blake2b(raw, digest_size=16).hexdigest() if raw else "", shown
     except FileNotFoundError: return Problem("missing picture", name, "is listed, and there is no such file")

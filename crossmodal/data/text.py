@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Tokenizer', 'TOKENIZERS', 'PAD', 'START', 'END', 'UNKNOWN', 'SPECIALS', 'NUMERALS', 'COLOURS', 'GET_GLOVE',
-           'WORD_DIMENSIONS', 'FREQUENT', 'tokenize', 'tokenize_ascii', 'tokenize_marks', 'tokenize_spaces', 'nearest',
-           'rectangle', 'Vocabulary', 'shorten', 'open_text', 'parse_line', 'read_word_vectors', 'principal_axes',
-           'rows_of', 'project_words', 'read_bundled', 'write_bundled', 'bundle_word_vectors', 'word_vectors']
+           'WORD_DIMENSIONS', 'FREQUENT', 'tokenize', 'tokenize_ascii', 'tokenize_marks', 'tokenize_spaces',
+           'has_words', 'nearest', 'rectangle', 'Vocabulary', 'shorten', 'open_text', 'parse_line', 'read_word_vectors',
+           'principal_axes', 'rows_of', 'project_words', 'read_bundled', 'write_bundled', 'bundle_word_vectors',
+           'word_vectors']
 
 # %% ../../nbs/data/01_text.ipynb #57cb6ae0
 import csv
@@ -60,6 +61,11 @@ def tokenize_spaces(text: str) -> list[str]:
 
 TOKENIZERS: dict[str, Callable[[str], list[str]]] = {
     "words": tokenize, "ascii": tokenize_ascii, "marks": tokenize_marks, "spaces": tokenize_spaces}
+
+
+def has_words(text: str, tokenizer: Tokenizer = "words") -> bool:
+    "Whether a rule finds any word in a text. Two of the rules find one wherever there is a letter or a digit, which is quick to see."
+    return tokenizer in ("words", "spaces") and any(map(str.isalnum, text)) or bool(TOKENIZERS[tokenizer](text))
 
 # %% ../../nbs/data/01_text.ipynb #90b1ee01
 PAD = 0                           # fills up short captions; no word has this number
