@@ -113,8 +113,9 @@ def _print_scores(scores: dict[str, Score]):
     from crossmodal.metrics.intervals import bootstrap_mean
     for name, score in scores.items():
         estimate = bootstrap_mean([score.values])
+        spread = f"[{estimate.low:.2f}, {estimate.high:.2f}]" if estimate.n > 1 else ""
         chance = "" if score.chance is None else f"   chance {score.chance:.2f}"
-        print(f"  {name:18s} {estimate.mean:8.2f} {score.unit:3s} [{estimate.low:.2f}, {estimate.high:.2f}]  n {estimate.n}{chance}")
+        print(f"  {name:18s} {estimate.mean:8.2f} {score.unit:3s} {spread}  n {score.n or estimate.n}{chance}")
 
 
 def train(

@@ -17,7 +17,7 @@ class Estimate(NamedTuple):
     mean: float
     low: float
     high: float
-    n: int                                  # items in all
+    n: int                                  # items in all; crossed ones count once
 
 
 def bootstrap_mean(
@@ -27,12 +27,18 @@ def bootstrap_mean(
     draws: int = 4000,
     seed: int = 0,
 ) -> Estimate:
-    "Mean over groups of the mean over items, with a two-level percentile bootstrap interval. NaN, infinity or an empty group is a `ValueError`."
+    """Mean over groups of the mean over items, with a two-level percentile bootstrap interval, or Student's if every group is one score.
+    NaN, infinity or an empty group is a `ValueError`."""
     groups = [np.asarray(group, dtype=np.float64) for group in groups]
     if not groups or any(group.size == 0 for group in groups): raise ValueError("every group needs at least one score.")
     if not all(np.isfinite(group).all() for group in groups): raise ValueError("a score is NaN or infinite.")
     sizes, k = [group.size for group in groups], len(groups)
     if crossed and len(set(sizes)) > 1: raise ValueError(f"crossed groups hold scores of the same items, found {sizes} of them: leave `crossed` out.")
+    mean, n = float(np.mean([group.mean() for group in groups])), sizes[0] if crossed else sum(sizes)
+    if k > 1 and max(sizes) == 1:
+        from scipy.stats import t
+        half = float(t.ppf((1 + level) / 2, k - 1) * np.std(groups, ddof=1) / k**.5)
+        return Estimate(mean, mean - half, mean + half, n)
     rng = np.random.default_rng(seed)
     again = lambda size, *more: (rng.integers(0, size, size=(part, *more, size)) for part in _parts(draws, k * size))
     # item means for every (group, draw, slot), of which each draw then takes one group per slot
@@ -40,11 +46,10 @@ def bootstrap_mean(
     else: resampled = np.stack([np.concatenate([group[items].mean(2) for items in again(group.size, k)]) for group in groups])
     means = resampled[rng.integers(0, k, size=(draws, k)), np.arange(draws)[:, None], np.arange(k)]
     low, high = np.quantile(means.mean(1), [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(np.mean([group.mean() for group in groups])), float(low), float(high), sum(sizes))
+    return Estimate(mean, float(low), float(high), n)
 
 
 def _parts(draws: int, each: int) -> list[int]:
     "Draws in parts that hold some four million scores at once."
     most = max(1, 2**22 // each)
     return [min(most, draws - k) for k in range(0, draws, most)]
-

@@ -101,7 +101,7 @@ def fidelity_scores(
     found = fidelity(drawn, real, backbone_extractor(frozen_backbone(judge, BACKBONES[judge].side)))
     scores = {f"fid ({judge})": Score([float(found.frechet)], "", n=len(drawn))}
     if found.inception: scores[f"inception score ({judge})"] = Score([found.inception.mean], "", 1., n=len(drawn))
-    if found.inception_real: scores[f"inception score of real pictures ({judge})"] = Score([found.inception_real.mean], "", 1., n=len(drawn))
+    if found.inception_real: scores[f"inception score of real pictures ({judge})"] = Score([found.inception_real.mean], "", 1., n=len(real))
     return scores
 
 

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -48,9 +49,10 @@ class Phase:
     batch_size: int
     patience: int = 0                       # epochs without a better validation loss before the phase ends; 0: never
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
-    group: Group = SINGLE                   # set by the loop, as are the next three
+    group: Group = SINGLE                   # set by the loop, as are the next four
     execution: Execution = EXECUTION
     part: Part = Part()
+    calls: Counter                          # updates of each optimiser so far, within this part
     slower: float = 1.                      # what all rates are multiplied with after a run has diverged
 
     def begin(self) -> BatchDataset:
@@ -88,12 +90,14 @@ class Phase:
 def _add_up(phase: Phase, optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> bool:
     "Put this part's gradients to those of the parts before it; after the last, put the sum where the optimiser looks. Whether that was done."
     scale = phase.accelerator.scaler.get_scale() if phase.accelerator.scaler else 1.                # may change from part to part
-    sums = phase.__dict__.setdefault("sums", {}).setdefault(id(optimizer), [None] * len(weights))
+    turn = id(optimizer), phase.calls[id(optimizer)]                        # a step may update one optimiser twice
+    phase.calls[id(optimizer)] += 1
+    sums = phase.__dict__.setdefault("sums", {}).setdefault(turn, [None] * len(weights))
     for k, weight in enumerate(weights):
         if weight.grad is not None: sums[k] = weight.grad / scale if sums[k] is None else sums[k].add_(weight.grad, alpha=1 / scale)
         weight.grad = None
     if not phase.part.last: return False
-    for weight, total in zip(weights, phase.sums.pop(id(optimizer))): weight.grad = None if total is None else total * scale
+    for weight, total in zip(weights, phase.sums.pop(turn)): weight.grad = None if total is None else total * scale
     return True
 
 
@@ -206,7 +210,7 @@ class Loop:
         if len(parts) == 1: return self.phase.step(parts[0])
         count, means = sum(map(len, parts)), {}
         for k, batch in enumerate(parts):
-            self.phase.part = Part(len(batch) / count, k == 0, k == len(parts) - 1)
+            self.phase.part, self.phase.calls = Part(len(batch) / count, k == 0, k == len(parts) - 1), Counter()
             for name, value in self.phase.step(batch).items(): means[name] = means.get(name, 0) + value * self.phase.part.share
         self.phase.part = Part()
         return means
