@@ -8,6 +8,7 @@ import crossmodal
 from crossmodal.data.text import Vocabulary
 from crossmodal.systems.experiments import SYSTEMS, plan
 from crossmodal.systems.sharing import export_encoder
+from crossmodal.training.runs import RunError
 
 FEW = {"per_species": 2}
 SMALL = {"embedmap": {"autoencoder": "conv-vae"}, "selfsup": FEW, "gxn": FEW, "laviter": FEW, "sdn": FEW}
@@ -111,3 +112,14 @@ def test_without_a_hub_the_error_says_what_to_check(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(FileNotFoundError, match=r"somebody/nothing is no folder here, and cannot be fetched from the hub \(ConnectionError\)"):
         crossmodal.load("somebody/nothing")
+
+
+def test_a_slip_in_the_name_of_a_run_does_not_ask_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def asked(*_, **__): raise AssertionError("the hub was asked")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "run.json").write_text("{}")
+    with pytest.raises(RunError, match="runs/mime is not a run folder"): crossmodal.load("runs/mime")

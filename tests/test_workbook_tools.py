@@ -14,7 +14,9 @@ from PIL import Image
 
 import crossmodal
 from crossmodal.data.captioned import open_dataset
-from crossmodal.systems.base import ABILITIES, abilities
+from crossmodal.data.digits import MNIST_FILES
+from crossmodal.metrics.reading import DigitReader
+from crossmodal.systems.base import ABILITIES, Score, abilities
 from crossmodal.systems.experiments import SYSTEMS, train
 from crossmodal.training.runs import RunError
 from crossmodal.workbook import explorers, plots, tables, together
@@ -295,3 +297,20 @@ def test_all_systems_stand_on_records_like_any_table(tmp_path, monkeypatch):
                      "shared_on": again["shared_on"] | {"fingerprint": "other"}}
     build_table(all_systems("birds"), [again, other | {"shared_on": again["shared_on"]}])
     with pytest.raises(RunError, match="different pictures"): build_table(all_systems("birds"), [again, other])
+
+
+def test_a_folder_of_digits_is_one_test_for_all(tmp_path, monkeypatch):
+    "What is overruled goes by what lies in the folder, not by how it was typed; the reader learns from that folder too."
+    folder, rng, read = tmp_path / "mine", np.random.default_rng(0), []
+    folder.mkdir()
+    for (pictures, labels), count in zip(MNIST_FILES.values(), (200, 100)):
+        for name, values in ((pictures, rng.integers(0, 256, (count, 28, 28))), (labels, np.arange(count) % 10)):
+            head = b"\0\0\x08" + bytes([values.ndim]) + np.array(values.shape, ">u4").tobytes()
+            (folder / name).write_bytes(head + values.astype(np.uint8).tobytes())
+    monkeypatch.setenv("CROSSMODAL_DATA", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(together, "digit_reader", lambda source: read.append(source) or DigitReader())
+    monkeypatch.setattr(together, "fidelity_scores", lambda drawn, real, judge: {f"fid ({judge})": Score([0.], "", n=len(drawn))})
+    cells = [cell for cell in all_systems("digits") if cell.system in ("embedmap", "sdn")]
+    runs = answer(cells, str(folder), "smoke", folder=tmp_path / "runs", quiet=True)
+    assert [run.record["shared_on"]["pictures"] for run in runs] == [160, 160] and runs[0].record["shared_on"] == runs[1].record["shared_on"]
+    assert set(read) == {str(folder)} and build_table(cells, [run.record for run in runs])["ours"].notna().all()

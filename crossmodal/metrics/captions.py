@@ -240,15 +240,6 @@ def read_rows(
     if end: keep |= (column == first[:, None]) & ends
     return np.where(cut, 0, rows)[keep].astype(np.int64), keep.sum(1)
 
-
-def _numbers(captions: object) -> Int[np.ndarray, "b t"] | None:
-    "Captions as a rectangle of numbers, if that is what they are."
-    if isinstance(captions, Tensor): captions = captions.detach().cpu().numpy()
-    if not isinstance(captions, np.ndarray): return None
-    if captions.ndim != 2 or captions.dtype.kind not in "iu":
-        raise ValueError(f"found an array of {captions.dtype} with shape {captions.shape}: captions as numbers are integers of shape (captions, words).")
-    return captions
-
 # %% ../../nbs/metrics/06_captions.ipynb #03e23640
 class CaptionReader:
     "Turns captions of every form into word numbers."

@@ -264,6 +264,8 @@ def frechet_distance(
     n = tuple(x.n if isinstance(x, FeatureStatistics) else len(x) for x in sides)
     if min(n) < 2: raise ValueError(f"a covariance needs at least 2 pictures on each side, found {n[0]} and {n[1]}.")
     names = [x.extractor if isinstance(x, FeatureStatistics) else extractor or "unnamed" for x in sides]
+    if len(named := {name for name in names if name != "unnamed"}) > 1:
+        raise ValueError(f"features of {' and of '.join(sorted(named))} do not compare: use one extractor for both sides.")
     d, other = (len(x.mean) if isinstance(x, FeatureStatistics) else x.shape[1] for x in sides)
     if d != other: raise ValueError(f"features of width {d} and of width {other} do not compare.")
     if not d: raise ValueError("features have no columns.")

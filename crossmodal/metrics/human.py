@@ -158,9 +158,6 @@ class Agreement:
     level: str
     chance: float = 0.                      # of alpha
 
-    @property
-    def kendall_chance(self) -> float: return 1 / self.raters
-
 
 def agreement(
     ratings: Float[np.ndarray, "k n"],      # raters x items; NaN where none was given

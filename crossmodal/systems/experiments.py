@@ -213,7 +213,8 @@ def load(
     run: str | Path,                        # a run folder, a folder that `save_pretrained` wrote, or a repository of the hub (owner/name)
 ) -> System:
     "A trained system, on the CPU, ready to use. Its `record` says how it was trained."
-    if (Path(run) / "config.json").is_file() or (not Path(run).exists() and str(run).count("/") == 1): return load_shared(run)
+    among_runs = any(Path(run).parent.glob("*/run.json"))                # then a name that is not here is a slip, and none of the hub's
+    if (Path(run) / "config.json").is_file() or (not Path(run).exists() and str(run).count("/") == 1 and not among_runs): return load_shared(run)
     found = open_run(run)
     checkpoint = latest_checkpoint(found.folder / "checkpoints")
     if checkpoint is None: raise RunError(f"{found.folder} holds no checkpoint yet: go on with `crossmodal resume {found.folder}`.")

@@ -84,6 +84,7 @@ class Shared:
         if about["class"] != cls.__name__:
             raise ValueError(f"{name_or_folder} holds a system of class {about['class']}, not {cls.__name__}: `crossmodal.load` finds the class by itself.")
         system = cls(config_from_json(cls.Config, about["config"]), Vocabulary.from_json(about["vocabulary"]))
+        if not (folder / "model.safetensors").is_file(): raise ValueError(f"{folder} has no model.safetensors: fetch it again.")
         weights = (folder / "model.safetensors").read_bytes()
         if (found := hashlib.sha256(weights).hexdigest()) != about["sha256"]:
             raise ValueError(f"{folder / 'model.safetensors'}: expected SHA-256 {about['sha256'][:12]}..., found {found[:12]}...: fetch it again.")

@@ -44,7 +44,8 @@ def shared_test(
     vocabulary: Vocabulary | None = None,   # of the run
 ) -> Gallery:
     "The pictures on which all systems are measured, in the shape in which this one sees them."
-    fixed = {key: value for key, value in SAME.get(data, {}).items() if hasattr(config, key)}
+    source = data if data in SAME else held_out(kind, config, data, vocabulary).source          # of a folder: what lies in it
+    fixed = {key: value for key, value in SAME.get(source, {}).items() if hasattr(config, key)}
     return Gallery(held_out(kind, replace(config, **fixed), data, vocabulary), MOST)
 
 
@@ -110,11 +111,12 @@ def drawn_right(
     texts: list[str],                       # what was asked
     classes: Int[np.ndarray, "n"],
     source: str,                            # of the data
+    data: str = "",                         # where they lie, if not where that name says
 ) -> Score | None:                          # None: there is no reader for these data
     "How much of what was asked for is in the picture, in per cent."
     if source == "birds": return parts_score(read_attributes(as_squares(drawn)), read_captions(texts))
     if source not in ("digits", "mnist"): return None
-    return parts_score(read_digits(digit_reader(source), middle_band(drawn)).numpy(), class_parts(torch.as_tensor(classes), False).numpy())
+    return parts_score(read_digits(digit_reader(data or source), middle_band(drawn)).numpy(), class_parts(torch.as_tensor(classes), False).numpy())
 
 
 def written_right(
@@ -136,6 +138,7 @@ def shared_scores(
     system: System,
     gallery: Gallery,
     judge: str = "efficientnet_lite0",      # whose features make FID
+    data: str = "",                         # where the pictures lie, if not where the name of their source says
 ) -> dict[str, Score]:
     "The measures that all systems share, as far as this one has the abilities. An item is a picture, or its first caption."
     scores: dict[str, Score | None] = {}
@@ -148,7 +151,7 @@ def shared_scores(
         torch.manual_seed(0)
         drawn = torch.cat([system.images_from_texts([texts[row] for row in block]).float().cpu() for block in blocks])
         real = torch.cat([as_squares(gallery.images(block)) for block in blocks])
-        scores["shared asked and drawn"] = drawn_right(drawn, texts, gallery.classes, gallery.source)
+        scores["shared asked and drawn"] = drawn_right(drawn, texts, gallery.classes, gallery.source, data)
         scores["shared FID"] = fidelity_scores(as_squares(drawn), real, judge).get(f"fid ({judge})")
     if isinstance(system, DescribesImages):
         said = [text for block in blocks for text in system.texts_from_images(gallery.images(block))]
@@ -162,7 +165,8 @@ def add_shared(
 ):
     "Measure a finished run by `shared_scores`, unless it was, and write them into its record beside its own, with what they were measured on."
     kind, words = find_system(run.record["system"]), Vocabulary.from_json(run.record["data"]["vocabulary"])
-    gallery = shared_test(kind, config_from_json(kind.Config, run.record["config"]), data_of(run, data), words)
+    place = data_of(run, data)
+    gallery = shared_test(kind, config_from_json(kind.Config, run.record["config"]), place, words)
     if run.record.get("shared_on") == (about := about_test(gallery)): return
     own = {name: score for name, score in run.record["scores"].items() if not name.startswith("shared ")}
-    run.save(scores=own | {name: score.stored() for name, score in shared_scores(load(run.folder), gallery).items()}, shared_on=about)
+    run.save(scores=own | {name: score.stored() for name, score in shared_scores(load(run.folder), gallery, data=place).items()}, shared_on=about)
