@@ -22,18 +22,23 @@ class Judged(Protocol):
     def conditional(self) -> Float[Tensor, "b"]: ...
 
 # %% ../../nbs/losses/00_adversarial.ipynb #28c357f9
+def _single(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    "In float32 at least: half precision rounds what little a sure verdict costs."
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def real_loss(
     logits: Float[Tensor, "..."],               # positive: judged real
 ) -> Float[Tensor, ""]:                         # nats, >= 0; mean over the batch
     "Cost of not calling these real: $-\\log \\sigma(\\ell)$."
-    return F.softplus(-logits).mean()
+    return F.softplus(-_single(logits)).mean()
 
 
 def fake_loss(
     logits: Float[Tensor, "..."],               # positive: judged real
 ) -> Float[Tensor, ""]:                         # nats, >= 0; mean over the batch
     "Cost of not calling these fake: $-\\log(1 - \\sigma(\\ell))$."
-    return F.softplus(logits).mean()
+    return F.softplus(_single(logits)).mean()
 
 # %% ../../nbs/losses/00_adversarial.ipynb #8299a791
 def discriminator_loss(
@@ -67,7 +72,7 @@ def pair_judge_loss(
     if usable is None: usable = torch.ones_like(wrong.conditional, dtype=torch.bool)
     if usable.shape != wrong.conditional.shape or usable.dtype != torch.bool: raise ValueError(
         f"usable must say True or False for each of {tuple(wrong.conditional.shape)} wrong pairs, found {usable.dtype}, {tuple(usable.shape)}.")
-    costs = F.softplus(wrong.conditional).masked_fill(~usable, 0)
+    costs = F.softplus(_single(wrong.conditional)).masked_fill(~usable, 0)
     return doubted + (believed + costs.sum() / usable.sum().clamp(min=1)) / (2 + usable.any())
 
 # %% ../../nbs/losses/00_adversarial.ipynb #77fe164c

@@ -59,8 +59,9 @@ def level_distance(
     if not real_levels or not len(real_levels) == len(other_levels) == len(weights):
         raise ValueError(f"found {len(real_levels)} real maps, {len(other_levels)} others and {len(weights)} weights: expected as many of each, at least one.")
     total = 0.
+    b, n = len(real_levels[0]), len(other_levels[0])
     for layer, (real, other, weight) in enumerate(zip(real_levels, other_levels, weights), 1):
-        if real.shape[1:] != other.shape[1:] or not len(other) or len(other) % len(real):
+        if real.shape[1:] != other.shape[1:] or not n or n % b or (len(real), len(other)) != (b, n):
             raise ValueError(f"layer {layer}: found real maps {tuple(real.shape)} and others {tuple(other.shape)}; expected p others for each, of its size.")
         total = total + weight * _mean_distance(real, other.unflatten(0, (len(real), -1)))
     return total

@@ -6,6 +6,7 @@
 __all__ = ['kl_to_standard_normal']
 
 # %% ../../nbs/losses/05_variational.ipynb #aac69582
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from torch import Tensor
 def kl_to_standard_normal(
     mean: Float[Tensor, "b d"],
     log_variance: Float[Tensor, "b d"],
-) -> Float[Tensor, "b"]:                        # nats, >= 0; summed over coordinates
+) -> Float[Tensor, "b"]:                        # nats, >= 0; summed over coordinates; float32 at least
     "Divergence of diagonal normal distributions from the standard normal one (paper 000, eq. 1)."
+    mean, log_variance = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (mean, log_variance))
     return .5 * (mean.pow(2) + log_variance.exp() - 1 - log_variance).sum(1)

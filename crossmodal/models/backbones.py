@@ -34,22 +34,21 @@ class BackboneSpec:
     weights: str                            # torchvision's enumeration of its weights
     nodes: tuple[str, str]                  # of torchvision's graph: where the vector and the map of regions come out
     width: int                              # of the vector
-    regions: tuple[int, int]                # channels of a region, regions per side
     side: int = 224
     scaling: tuple = IMAGENET
     grid: int = 1                           # the vector is the regions, averaged over so many fields a side
-    front: tuple[int, int] | None = None    # channels and regions per side of the map that its front gives to its end (see below); None: it is not cut
+    front: int | None = None                # channels of the map that its front gives to its end (see below); None: it is not cut
 
 
 BACKBONES = {
-    "resnet50": BackboneSpec("ResNet50_Weights.IMAGENET1K_V1", ("flatten", "layer4"), 2048, (2048, 7), front=(1024, 14)),
-    "resnet152": BackboneSpec("ResNet152_Weights.IMAGENET1K_V1", ("flatten", "layer4"), 2048, (2048, 7), front=(1024, 14)),
-    "vgg19": BackboneSpec("VGG19_Weights.IMAGENET1K_V1", ("classifier.4", "features.36"), 4096, (512, 7), front=(512, 7)),   # fc7 and pool5
-    "inception_v3": BackboneSpec("Inception_V3_Weights.IMAGENET1K_V1", ("flatten", "Mixed_6e.cat"), 2048, (768, 17), 299, SYMMETRIC, front=(768, 17)),
-    "efficientnet_lite0": BackboneSpec("", ("", ""), 1280, (1280, 7), 224, SYMMETRIC, front=(112, 14)),
-    "efficientnet_lite0_middle": BackboneSpec("", ("", ""), 6 * 6 * 80, (80, 14), 224, SYMMETRIC, grid=6),   # after half its blocks
-    "efficientnet_lite0_middle_colours": BackboneSpec("", ("", ""), 6 * 6 * (80 + 64), (80 + 64, 14), 224, SYMMETRIC, grid=6),    # told below
-    "efficientnet_lite0_colours": BackboneSpec("", ("", ""), 1280 + 3 * 3 * 64, (112 + 64, 14), 224, SYMMETRIC, front=(112 + 64, 14)),     # told below
+    "resnet50": BackboneSpec("ResNet50_Weights.IMAGENET1K_V1", ("flatten", "layer4"), 2048, front=1024),
+    "resnet152": BackboneSpec("ResNet152_Weights.IMAGENET1K_V1", ("flatten", "layer4"), 2048, front=1024),
+    "vgg19": BackboneSpec("VGG19_Weights.IMAGENET1K_V1", ("classifier.4", "features.36"), 4096, front=512),   # fc7 and pool5
+    "inception_v3": BackboneSpec("Inception_V3_Weights.IMAGENET1K_V1", ("flatten", "Mixed_6e.cat"), 2048, 299, SYMMETRIC, front=768),
+    "efficientnet_lite0": BackboneSpec("", ("", ""), 1280, 224, SYMMETRIC, front=112),
+    "efficientnet_lite0_middle": BackboneSpec("", ("", ""), 6 * 6 * 80, 224, SYMMETRIC, grid=6),   # after half its blocks
+    "efficientnet_lite0_middle_colours": BackboneSpec("", ("", ""), 6 * 6 * (80 + 64), 224, SYMMETRIC, grid=6),    # told below
+    "efficientnet_lite0_colours": BackboneSpec("", ("", ""), 1280 + 3 * 3 * 64, 224, SYMMETRIC, front=112 + 64),     # told below
 }
 
 # %% ../../nbs/models/03_backbones.ipynb #358a6dfa
@@ -85,7 +84,7 @@ class Backbone(nn.Module):
         name: str,                          # one of `BACKBONES`
         trained: bool = True,               # False: random weights, and "-untrained" in its name
         side: int | None = None,            # pixels to which pictures are brought; None: what it was trained with. Smaller is faster and sees less
-        front: bool = False,                # only its front: what `backbone_end` goes on with comes out as the regions
+        front: bool = False,                # only its front: what `BackboneEnd` goes on with comes out as the regions
     ):
         super().__init__()
         if name not in BACKBONES: raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}.")
@@ -99,7 +98,7 @@ class Backbone(nn.Module):
         elif name == "efficientnet_lite0_middle_colours": self.network = nn.Sequential(_BesideColours(_first_blocks(_lite0(trained), 8)), _Roots())
         elif name == "efficientnet_lite0_colours": self.network = _Joined(*_halves(name, trained))
         else: self.network = _lite0(trained) if name == "efficientnet_lite0" else _graph(_torchvision_network(name, self.spec, trained), self.spec)
-        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)         # a quarter faster
+        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True): return super().train(False)     # batch statistics of a frozen network must not drift
 
@@ -222,7 +221,7 @@ class BackboneEnd(nn.Module):
         trained: bool = True,
     ):
         super().__init__()
-        self.layers = deepcopy(_end(name, trained)).requires_grad_(True).to(memory_format=torch.channels_last)     # a third faster
+        self.layers = deepcopy(_end(name, trained)).requires_grad_(True).to(memory_format=torch.channels_last)
         self.eval()
 
     def train(self, mode: bool = True): return super().train(False)     # normalisation by ImageNet's statistics; no dropout
@@ -231,9 +230,13 @@ class BackboneEnd(nn.Module):
 
 # %% ../../nbs/models/03_backbones.ipynb #03d7a94e
 @lru_cache(maxsize=8)                       # several systems side by side ask for different ones
+def _shared(name: str, side: int, front: bool) -> Backbone:
+    with torch.random.fork_rng(devices=[]): return Backbone(name, side=side, front=front)
+
+
 def frozen_backbone(name: str, side: int, front: bool = False) -> Backbone:
     "A backbone that everybody shares. Building it throws no dice: else the first run of a process would differ from the next."
-    with torch.random.fork_rng(devices=[]): return Backbone(name, side=side, front=front)
+    return _shared(name, side, front)           # a cache takes f(a), f(x=a) for two questions
 
 
 @lru_cache

@@ -183,14 +183,11 @@ class GruCaptioner(Writer):
         hidden: int = 1024,
         dropout: float = 0.,                # between the GRU and the output layer, in training
         condition: Literal["input", "state"] = "input",         # the code is the first input, before <start>; or the initial state
-        embedding: nn.Embedding | None = None,                  # words shared with an encoder; None: a matrix of its own
     ):
         super().__init__(words, start, end)
         if condition not in ("input", "state"): raise ValueError(f"condition={condition!r}: expected 'input' or 'state'.")
-        if embedding is not None and embedding.weight.shape != (words, width): raise ValueError(
-            f"the shared embedding is {tuple(embedding.weight.shape)}, expected {(words, width)}: pass its own words and width.")
         self.dropout, self.condition = dropout, condition
-        self.words = nn.Embedding(words, width, padding_idx=PAD) if embedding is None else embedding
+        self.words = nn.Embedding(words, width, padding_idx=PAD)
         self.picture = nn.Linear(codes, width if condition == "input" else hidden)
         self.gru = nn.GRU(width, hidden, batch_first=True)
         self.out = nn.Linear(hidden, words)

@@ -14,7 +14,7 @@ from .stackgan import doublings
 
 # %% ../../nbs/models/11_discriminators.ipynb #9b44d7aa
 class PairDiscriminator(nn.Module):
-    "D(i, t): one logit for a picture and a sentence code, positive for real and matching (Reed et al. 2016; paper 003, eq. 9)."
+    "D(i, t): one logit for a picture and a sentence code, positive for real and matching (after Reed et al. 2016; paper 003, eq. 9)."
 
     def __init__(self,
         text: int,                              # width of a sentence code

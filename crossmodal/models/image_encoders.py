@@ -38,7 +38,7 @@ class ImageEncoder(nn.Module):
             self.own_front = Backbone(backbone, side=side, front=True).requires_grad_(True)
             for layer in first_layers(self.own_front.network, 5): layer.requires_grad_(False)
         self.end = BackboneEnd(backbone).requires_grad_(learns != "projections")
-        self.region = nn.Conv2d(BACKBONES[backbone].front[0], width, 1, bias=False)
+        self.region = nn.Conv2d(BACKBONES[backbone].front, width, 1, bias=False)
         self.vector = nn.Linear(BACKBONES[backbone].width, width)
         for layer in (self.region, self.vector): nn.init.uniform_(layer.weight, -.1, .1)
         for name, shape in (("region", (self.region.in_channels, 1, 1)), ("vector", (self.vector.in_features,))):
@@ -60,6 +60,7 @@ class ImageEncoder(nn.Module):
         if vectors is None: vectors = self.end(maps)
         return Seen(self.region((maps - self.region_mean) / self.region_deviation), self.vector((vectors - self.vector_mean) / self.vector_deviation))
 
+    @torch.no_grad()
     def standardize(self,
         maps: Float[Tensor, "b c k k"],     # of many training pictures
         vectors: Float[Tensor, "b w"],
@@ -73,4 +74,7 @@ class ImageEncoder(nn.Module):
 
 def first_layers(network: nn.Module, count: int) -> list[nn.Module]:
     "The first children of a network that have parameters. Of Inception-v3, five are its stem, up to `Conv2d_4a` (the released code)."
-    return [layer for layer in network.children() if any(True for _ in layer.parameters())][:count]
+    parts = [layer for layer in network.children() if any(True for _ in layer.parameters())]
+    if len(parts) == 1: return first_layers(parts[0], count)            # a front that only wraps another
+    if len(parts) <= count: raise ValueError(f"a front of {len(parts)} parts has nothing left to learn behind its first {count}: choose learns='end'.")
+    return parts[:count]

@@ -42,6 +42,7 @@ def read_sentences(
     lengths: Int[Tensor, "b"],              # words of each sentence, at least one
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d"]]:       # outputs at the words, 0 after the last; last states, both directions side by side
     "Read each sentence to its own end; what stands after it has no influence."
+    if reader.num_layers != 1 or not reader.batch_first or not reader.bias: raise ValueError(f"{reader}: expected one layer with biases, batch_first.")
     if torch.compiler.is_exporting(): return _by_indices(reader, vectors, lengths)
     lengths = lengths.cpu()                 # packing wants them there
     if (lengths < 1).any(): raise ValueError("a sentence without words cannot be read: leave out pictures without captions.")

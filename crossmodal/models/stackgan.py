@@ -97,7 +97,7 @@ class StackGenerator(nn.Module):
         widths = [width // 2 ** k for k in range(len(sizes))]
         if widths[-1] * 2 ** (len(sizes) - 1) != width:
             raise ValueError(f"width {width} cannot be halved for each further size: for {len(sizes)} sizes choose a multiple of {2 ** (len(sizes) - 1)}.")
-        self.sizes = sizes
+        self.sizes, self.widths = sizes, (condition, noise)
         self.first = first_stage(condition + noise, width, sizes[0])
         self.refinements = nn.ModuleList(_Refinement(condition, channels, residuals) for channels in widths[:-1])
         self.heads = nn.ModuleList(nn.Sequential(conv3x3(channels, 3), nn.Tanh()) for channels in widths)
@@ -107,6 +107,8 @@ class StackGenerator(nn.Module):
         z: Float[Tensor, "b noise"],            # N(0, 1)
     ) -> tuple[Float[Tensor, "b 3 h w"], ...]:  # in [-1, 1], low to high
         "One picture per size."
+        found = c.shape[1], z.shape[1]
+        if found != self.widths: raise ValueError(f"condition and noise are {found} wide, this generator was built for {self.widths}.")
         maps = [self.first(torch.cat([c, z], 1))]
         for refine in self.refinements: maps.append(refine(maps[-1], c))
         return tuple(head(h) for head, h in zip(self.heads, maps))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.text import PAD, SPECIALS, Vocabulary, read_word_vectors
+from .captioners import write_greedily
 from .recurrent import read_sentences
 
 # %% ../../nbs/models/06_text_autoencoder.ipynb #a3fd20f3
@@ -29,19 +30,15 @@ class TextAutoencoder(nn.Module):
         words: int,                         # height of the embedding: len(vocabulary), pad 0 included
         start: int,                         # number of <start>
         end: int,                           # number of <end>
-        vectors: Float[Tensor, "words d"] | None = None,        # initial word vectors, e.g. GloVe's; None: random
-        width: int = 100,                   # of a word, where no vectors are given
+        width: int = 100,                   # of a word
         hidden: int = 50,                   # of each direction; the code has twice as many
         freeze_words: bool = True,          # word vectors are not trained
     ):
         super().__init__()
-        if vectors is not None and len(vectors) != words: raise ValueError(
-            f"{len(vectors)} word vectors for a vocabulary of height {words}: expected one row each, row 0 for the pad (see `initial_vectors`).")
         if not (0 < start < words and 0 < end < words): raise ValueError(
             f"<start> is {start} and <end> is {end}: expected numbers from 1 to {words - 1}. Build the vocabulary with these specials.")
         self.start, self.end = start, end
-        self.words = nn.Embedding(words, width if vectors is None else vectors.shape[1], padding_idx=PAD)
-        if vectors is not None: self.words.weight.data.copy_(vectors)
+        self.words = nn.Embedding(words, width, padding_idx=PAD)
         self.words.weight.requires_grad_(not freeze_words)
         self.encoder = nn.LSTM(self.words.embedding_dim, hidden, batch_first=True, bidirectional=True)
         self.decoder = nn.LSTM(self.words.embedding_dim, 2 * hidden, batch_first=True)
@@ -87,21 +84,16 @@ class TextAutoencoder(nn.Module):
         logits = self.decode(self.encode(captions, lengths, pads_count), captions.shape[1] - 1, captions, forcing)
         return F.cross_entropy(logits.flatten(0, 1), captions[:, 1:].flatten(), ignore_index=PAD)
 
-    @torch.no_grad()
     def generate(self,
         codes: Float[Tensor, "b d"],
         most: int,                              # words, <end> included
     ) -> Int[Tensor, "b t"]:                    # without <start>; 0 after <end>; t <= most
-        "The likeliest next word, again and again, until every sentence has ended. `Vocabulary.decode` reads the result."
-        word, state = codes.new_full((len(codes),), self.start, dtype=torch.long), (codes[None].contiguous(), torch.zeros_like(codes[None]))
-        ended, found = torch.zeros_like(word, dtype=torch.bool), []
-        for _ in range(most):
-            output, state = self.decoder(self.words(word)[:, None], state)
-            word = _choose(self.out(output[:, 0])).masked_fill(ended, PAD)
-            found.append(word)
-            ended = ended | (word == self.end)
-            if ended.all(): break
-        return torch.stack(found, 1)
+        "`write_greedily` from these codes: never the pad, and never `<start>`."
+        def step(words, state):
+            output, state = self.decoder(self.words(words)[:, None], tuple(part[None] for part in state))
+            return self.out(output[:, 0]), tuple(part[0] for part in state)
+
+        return write_greedily(step, (codes.contiguous(), torch.zeros_like(codes)), self.start, self.end, most)
 
 # %% ../../nbs/models/06_text_autoencoder.ipynb #e0277170
 def initial_vectors(

@@ -32,6 +32,8 @@ class DecoderLayer(nn.Module):
         seen: Memory,                       # b pictures; sentences of one picture stand together, n / b of them
         said: Memory,                       # the words before
     ) -> tuple[Float[Tensor, "n t d"], Memory]:     # these words; `said` with them
+        if x.shape[1] > 1 and said[0].shape[2]: raise ValueError("after words that were said, one new word at a time.")
+
         def look_back(x):
             nonlocal said
             said = tuple(torch.cat(both, 2) for both in zip(said, self.back.memory(x + places, x)))

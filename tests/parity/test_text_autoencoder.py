@@ -47,8 +47,8 @@ def test_pads_as_released(lengths):
     if shorter.any(): assert (naive[shorter] >= 0).all() and (m.encode(captions, lengths)[shorter] < 0).any()
 
 
-def slow_logits(m, code, inputs=None, steps=0):
-    "One sentence, one `LSTMCell` step at a time, by the formulas of an LSTM."
+def slow_logits(m, code, inputs=None, steps=0, lowest=1):
+    "One sentence, one `LSTMCell` step at a time, by the formulas of an LSTM. Words below `lowest` are not chosen."
     cell = m.decoder
     h, c, word, logits = code, torch.zeros_like(code), START, []
     for k in range(len(inputs) if inputs is not None else steps):
@@ -58,7 +58,7 @@ def slow_logits(m, code, inputs=None, steps=0):
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
         logits.append(m.out.weight @ h + m.out.bias)
-        word = int(logits[-1][1:].argmax()) + 1
+        word = int(logits[-1][lowest:].argmax()) + lowest
     return torch.stack(logits)
 
 
@@ -102,7 +102,7 @@ def test_generate_one_by_one(seed, most):
     codes = torch.rand(9, 14) * 2 - 1
     said, expected = m.generate(codes, most), []
     for code in codes:
-        numbers = [int(row[1:].argmax()) + 1 for row in slow_logits(m, code, steps=most)]
+        numbers = [int(row[END:].argmax()) + END for row in slow_logits(m, code, steps=most, lowest=END)]      # neither the pad nor <start>
         expected.append(numbers[:numbers.index(END) + 1] if END in numbers else numbers)
     width = max(map(len, expected))
     assert said.tolist() == [row + [0] * (width - len(row)) for row in expected]
