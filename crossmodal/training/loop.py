@@ -221,7 +221,6 @@ class Loop:
         self.notify("before_fit")
         try:
             while self.phase_index < len(self.phases): self.run_phase(self.phases[self.phase_index])
-            self.notify("after_fit")
         finally: self.notify("cleanup")
 
     def run_phase(self, phase: Phase):
@@ -319,7 +318,6 @@ class Callback:
     def after_step(self, loop: Loop): "One update is done; `loop.losses` holds tensors."
     def after_epoch(self, loop: Loop): "`loop.epoch` epochs of this phase are done."
     def after_phase(self, loop: Loop): "`loop.phase` is done; `loop.phase_index` is the next one."
-    def after_fit(self, loop: Loop): "Everything is trained."
     def cleanup(self, loop: Loop): "The loop ends, for whatever reason."
 
 # %% ../../nbs/training/03_loop.ipynb #34cf78b4
