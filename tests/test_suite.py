@@ -117,6 +117,15 @@ def test_unclean_notebook(project):
     assert status == 1 and "nbs/00_core.ipynb is not clean" in printed
 
 
+def test_path_of_a_machine_in_an_output(project):
+    path = project / "nbs/00_core.ipynb"
+    nb = json.loads(path.read_text())
+    nb["cells"][2]["outputs"] = [{"name": "stdout", "output_type": "stream", "text": ["finished, in /tmp/tmpab12_c/full\n"]}]
+    path.write_text(json.dumps(nb, indent=1) + "\n")
+    status, printed, _ = ask(project, "clean")
+    assert status == 1 and "nbs/00_core.ipynb shows a path of this machine (/tmp/tmpab12_c)" in printed
+
+
 def test_unreadable_notebook(project):
     (project / "nbs/01_broken.ipynb").write_text("{")
     assert ask(project, "clean")[0] == 1

@@ -11,7 +11,6 @@ __all__ = ['SPLITS', 'Picture', 'Pixels', 'as_rgb', 'decode', 'PictureFiles', 'P
 # %% ../../nbs/data/10_collection.ipynb #17c1a121
 import hashlib
 import os
-import re
 from collections.abc import Collection as Members
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from .dice import uniforms
+from .text import has_words
 
 # %% ../../nbs/data/10_collection.ipynb #7c86292d
 @dataclass(frozen=True)
@@ -206,8 +206,8 @@ def read_captions(
     while lines and not lines[-1]: lines.pop()
     if not lines: problems.append(Problem("empty caption file", where, "expected a caption in each line: fetch it again"))
     problems += [Problem("empty caption", f"{where}, line {k}", f"expected words, found {line!r}; left out")
-                 for k, line in enumerate(lines, 1) if not re.search(r"\w", line)]
-    return tuple(line for line in lines if re.search(r"\w", line))
+                 for k, line in enumerate(lines, 1) if not has_words(line)]
+    return tuple(filter(has_words, lines))
 
 
 def read_caption_folder(
