@@ -101,7 +101,7 @@ def filled(stored: nbformat.NotebookNode, run: nbformat.NotebookNode, words: str
 def package_hash() -> str:
     "Another text when any code, table or record changes: a figure may then be another one."
     digest = hashlib.sha256()
-    for path in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "results").glob("*.csv")]): digest.update(path.read_bytes())
+    for path in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "results").rglob("*.csv")]): digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -215,13 +215,14 @@ def write_results(folder: Path, extra: Path, house):
     import records
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(ROOT / "results", extra, dirs_exist_ok=True)
-    tables = sorted((ROOT / "results").glob("*.csv"))
-    for csv in tables:
-        chapter = house.chapter_of(csv.stem.partition("_")[0]).as_posix()
-        (folder / f"{csv.stem}.md").write_text(records.result_page(csv, chapter, folder), encoding="utf-8")
-    links = "\n".join(f"- [{records.title(csv.stem)}]({csv.stem}.md)" for csv in tables)
+    tables = records.stored_tables(ROOT / "results")
+    for name, csv in tables.items():
+        chapter, page = house.chapter_of(csv.stem.partition("_")[0]).as_posix(), folder / f"{name}.md"
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(records.result_page(name, csv, chapter, page.parent), encoding="utf-8")
+    links = "\n".join(f"- [{records.title(name)}]({name}.md)" for name in tables)
     words = (records.WORDS / "index.md").read_text(encoding="utf-8")
-    (folder / "index.md").write_text(f"{words}\n\n{links}\n\n{house.toctree([csv.stem for csv in tables])}\n", encoding="utf-8")
+    (folder / "index.md").write_text(f"{words}\n\n{links}\n\n{house.toctree(list(tables))}\n", encoding="utf-8")
 
 
 def sphinx(source: Path):

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from chapters import link_names
-from records import title
+from records import stored_tables, title
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -77,9 +77,9 @@ def paper_table() -> str:
     rows = ["| paper | system | chapter | | tables and figures |", "|---|---|---|---|---|"]
     for system in systems():
         chapter, *others = pages_of(system)
-        (name, summary), stems = heading(chapter), [path.stem for path in sorted((ROOT / "results").glob(f"{system}_*.csv"))]
+        (name, summary), stored = heading(chapter), [table for table, path in stored_tables(ROOT / "results").items() if path.stem.startswith(f"{system}_")]
         shown = [f"[{heading(path)[0].partition(': ')[2] or heading(path)[0]}]({page(path)})" for path in others]
-        shown += [f"[{title(stem).partition(', ')[2]}](/results/{stem}.md)" for stem in stems]
+        shown += [f"[{title(table).partition(', ')[2]}](/results/{table}.md)" for table in stored]
         rows.append(f"| {PAPERS[system]} | `{system}` | [{name}]({page(chapter)}) | {summary} | {', '.join(shown)} |")
     tree = toctree([page(path).removesuffix(".ipynb") for system in systems() for path in pages_of(system)])
     return "\n".join([*rows, "", tree])

@@ -12,19 +12,26 @@ from crossmodal.workbook.tables import plot_table, read_table, readable
 WORDS = Path(__file__).parent / "tables"    # what is to be said of a table, where something is
 
 
-def title(stem: str) -> str:
-    "laviter_table2 -> laviter, table 2; all_birds -> all systems, birds"
-    return re.sub(r"^all_", "all systems_", re.sub(r"table(\d)", r"table \1", stem)).replace("_", ", ", 1)
+def stored_tables(results: Path) -> dict[str, Path]:
+    "Name -> file of all tables: those of the main data, then those of others, which lie in a folder of their own (`cub/sdn_table3`)."
+    files = [*sorted(results.glob("*.csv")), *sorted(results.glob("*/*.csv"))]
+    return {path.relative_to(results).with_suffix("").as_posix(): path for path in files}
+
+
+def title(name: str) -> str:
+    "laviter_table2 -> laviter, table 2; cub/sdn_table3 -> sdn, table 3, of cub; all_birds -> all systems, birds"
+    *data, stem = name.split("/")
+    return ", of ".join([re.sub(r"^all_", "all systems_", re.sub(r"table(\d)", r"table \1", stem)).replace("_", ", ", 1), *data])
 
 
 def listed(values: pd.Series) -> str: return "; ".join(sorted(values.dropna().unique()))
 
 
-def result_page(csv: Path, chapter: str, pictures: Path) -> str:
+def result_page(name: str, csv: Path, chapter: str, pictures: Path) -> str:
     "Every measure of a stored table as text, and as a figure where the paper has one; then the records."
     table, stem = read_table(csv), csv.stem
-    words, system = WORDS / f"{stem}.md", stem.partition("_")[0]
-    parts = [f"# {title(stem)}", *([words.read_text(encoding="utf-8").strip()] if words.exists() else [])]
+    words, system = WORDS / f"{name}.md", stem.partition("_")[0]
+    parts = [f"# {title(name)}", *([words.read_text(encoding="utf-8").strip()] if words.exists() else [])]
     about = "Beyond the papers, by measures that all systems share: [how](" if system == "all" else f"`{system}`, {SYSTEMS[system].title}: [its chapter]("
     parts.append(f"{about}/{chapter}). Data: {listed(table['data'])}; preset {listed(table['preset'])}. "
                  "A cell is ours, its 95 % interval in brackets, and the paper's figure in parentheses where there is one. "

@@ -10,9 +10,10 @@ from crossmodal.workbook.tables import COLUMNS, TABLES, UnbackedFigure, check_ta
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
-STORED = [key for key in TABLES if (RESULTS / f"{table_name(*key)}.csv").exists()]      # a table of a system that is not measured yet has no file
+FOLDERS = [".", *sorted({path.parent.name for path in RESULTS.glob("*/*.csv")})]        # other data than the main ones have a folder of their own
+STORED = {f"{folder}/{table_name(*key)}.csv": key for folder in FOLDERS for key in TABLES if (RESULTS / folder / f"{table_name(*key)}.csv").exists()}
 PRINTED = ("Inception Score (inception_v3)", "FID (inception_v3)")    # by a judge that no stored run has
-ALL = [pytest.param(key, id=table_name(*key)) for key in STORED]
+ALL = [pytest.param(name, id=name.removesuffix(".csv").removeprefix("./")) for name in STORED]
 
 
 @pytest.fixture
@@ -22,13 +23,13 @@ def copy(tmp_path) -> Path:
 
 
 def test_every_file_is_a_table_that_is_known():
-    assert {path.stem for path in RESULTS.glob("*.csv")} == {table_name(*key) for key in STORED}
-    assert {("embedmap", "1"), ("embedmap", "speakers")} <= set(STORED)
+    assert set(RESULTS.rglob("*.csv")) == {RESULTS / name for name in STORED}
+    assert {("embedmap", "1"), ("embedmap", "speakers")} <= set(STORED.values())
 
 
-@pytest.mark.parametrize("key", ALL)
-def test_every_stored_figure_is_backed(key):
-    table = check_table(find_table(*key), RESULTS / f"{table_name(*key)}.csv")
+@pytest.mark.parametrize("name", ALL)
+def test_every_stored_figure_is_backed(name):
+    table = check_table(find_table(*STORED[name]), RESULTS / name)
     missing = table[table["ours"].isna()]
     assert list(table.columns) == COLUMNS and missing["runs"].fillna("").eq("").all()
     assert set(missing["metric"]) <= {"METEOR (%)", "human score (1 to 4)", *PRINTED}     # measured where Java is, and where people were asked
@@ -43,19 +44,20 @@ def test_the_front_page_shows_what_the_tables_say():
 
 
 def test_every_record_is_named_by_a_table():
-    named = {name for key in STORED for cell in read_table(RESULTS / f"{table_name(*key)}.csv")["runs"].dropna() for name in cell.split()}
-    assert {path.stem for path in (RESULTS / "runs").glob("*.json")} == named
+    named = {RESULTS / Path(name).parent / "runs" / f"{run}.json" for name in STORED for cell in read_table(RESULTS / name)["runs"].dropna()
+             for run in cell.split()}
+    assert set(RESULTS.rglob("runs/*.json")) == named
 
 
-@pytest.mark.parametrize("key", ALL)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("column, value", [("ours", 99.9), ("low", 0.1), ("n", 1), ("chance", 77.0), ("preset", "paper"), ("data", "other")])
-def test_an_altered_figure_is_refused(copy, key, column, value):
-    path = copy / f"{table_name(*key)}.csv"
+def test_an_altered_figure_is_refused(copy, name, column, value):
+    path = copy / name
     table = read_table(path)
     table.loc[0, column] = value
     table.to_csv(path, index=False)
     with pytest.raises(UnbackedFigure, match=f"{column} is {value}"):
-        check_table(find_table(*key), path)
+        check_table(find_table(*STORED[name]), path)
 
 
 def test_a_record_of_another_row_is_refused(copy):
@@ -74,8 +76,7 @@ def test_an_altered_record_is_refused(copy):
     start = text.index('"text_psnr": {"values": [') + len('"text_psnr": {"values": [')
     record.write_text(text[:start] + "60.0, " + text[text.index(", ", start) + 2:])
     with pytest.raises(UnbackedFigure):
-        for key in STORED:
-            check_table(find_table(*key), copy / f"{table_name(*key)}.csv")
+        for name, key in STORED.items(): check_table(find_table(*key), copy / name)
 
 
 def test_a_missing_line_is_refused(copy):

@@ -193,7 +193,7 @@ def test_all_open_questions_are_gathered():
 
 
 def test_every_stored_table_has_a_chapter():
-    for csv in (ROOT / "results").glob("*.csv"): assert (NBS / house.chapter_of(csv.stem.partition("_")[0])).exists()
+    for csv in (ROOT / "results").rglob("*.csv"): assert (NBS / house.chapter_of(csv.stem.partition("_")[0])).exists()
 
 
 def test_a_table_of_all_systems_has_a_page(tmp_path, monkeypatch):
