@@ -53,6 +53,7 @@ class Cell:
     only: str = ""                          # the datasets that have this measure, between spaces; empty: all have it
     data: str = ""                          # what its table is about; empty: what `answer` is told, or the system's home
     rated: bool = False                     # by people: answered by the record of a study, and by no training
+    but: str = ""                           # datasets on which the row is not asked, between spaces
 
 # %% ../../nbs/workbook/00_tables.ipynb #44f81bc9
 EMBEDMAP_TABLE1 = {                         # text grey, text coloured, speech grey, speech coloured: paper 002, Table 1, dB
@@ -249,9 +250,10 @@ def aligned(row: str, changes: Mapping[str, Any], papers: Mapping[str, tuple[flo
 
 
 def laviter_table1() -> list[Cell]:
-    "Table 1 of paper 001: the full model with other weights in eq. 16."
+    "Table 1 of paper 001: the full model with other weights in eq. 16. On CUB only the rows that it prints for CUB are asked, elsewhere all of them."
     row = lambda weights: ", ".join(f"{weight:g}" for weight in weights)
-    return [cell for weights, papers in LAVITER_TABLE1.items() for cell in aligned(row(weights), {"model": "full"} | dict(zip(WEIGHTS, weights)), papers)]
+    return [replace(cell, but="" if "cub" in papers else "cub") for weights, papers in LAVITER_TABLE1.items()
+            for cell in aligned(row(weights), {"model": "full"} | dict(zip(WEIGHTS, weights)), papers)]
 
 
 def laviter_table2() -> list[Cell]:
@@ -388,7 +390,7 @@ def possible(
 ) -> list[Cell]:
     "The cells that runs on these data can answer."
     names = {name.split(",")[0] for name in data}
-    return [cell for cell in cells if not cell.only or not names or names & set(cell.only.split())]
+    return [cell for cell in cells if not names or (not cell.only or names & set(cell.only.split())) and not names & set(cell.but.split())]
 
 # %% ../../nbs/workbook/00_tables.ipynb #82fb8ece
 def asked_runs(
@@ -402,7 +404,8 @@ def asked_runs(
     told = {"seed"} | {key for cell in cells for key in cell.changes}
     if told & set(changes): raise ValueError(f"{', '.join(sorted(told & set(changes)))}: the table says this itself, row by row; seeds are given as --seeds.")
     data = data or next((cell.data for cell in cells if cell.data), "")
-    names = {system: plan(system, data, preset, changes).data["name"] for system in {cell.system for cell in cells if cell.only and not cell.rated}}
+    choosy = {cell.system for cell in cells if (cell.only or cell.but) and not cell.rated}
+    names = {system: plan(system, data, preset, changes).data["name"] for system in choosy}
     fitting = [cell for cell in cells if possible([cell], [names[cell.system]] if cell.system in names else ())]
     if cells and not fitting:
         about = sorted({name for cell in cells for name in cell.only.split()})
