@@ -196,15 +196,19 @@ def test_every_stored_table_has_a_chapter():
     for csv in (ROOT / "results").rglob("*.csv"): assert (NBS / house.chapter_of(csv.stem.partition("_")[0])).exists()
 
 
-def test_a_table_of_all_systems_has_a_page(tmp_path, monkeypatch):
+def test_tables_of_all_systems_and_of_other_data_have_pages(tmp_path, monkeypatch):
     (tmp_path / "results/runs").mkdir(parents=True)
     table = read_table(ROOT / "results/embedmap_speakers.csv").assign(runs=None)
     table.to_csv(tmp_path / "results/all_digits.csv", index=False)
+    (tmp_path / "results/cub").mkdir()
+    table.to_csv(tmp_path / "results/cub/sdn_table3.csv", index=False)                  # of other data than the main ones
     monkeypatch.setattr(build, "ROOT", tmp_path)
     build.write_results(tmp_path / "pages", tmp_path / "extra", house)
     text = (tmp_path / "pages/all_digits.md").read_text(encoding="utf-8")
     assert text.startswith("# all systems, digits") and "](/workbook/14_together.ipynb)" in text and (NBS / "workbook/14_together.ipynb").exists()
-    assert "[all systems, digits](all_digits.md)" in (tmp_path / "pages/index.md").read_text(encoding="utf-8")
+    assert (tmp_path / "pages/cub/sdn_table3.md").read_text(encoding="utf-8").startswith("# sdn, table 3, of cub")
+    listed = (tmp_path / "pages/index.md").read_text(encoding="utf-8")
+    assert "[all systems, digits](all_digits.md)" in listed and "[sdn, table 3, of cub](cub/sdn_table3.md)" in listed
 
 
 # Links of a built site

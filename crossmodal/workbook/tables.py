@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['EMBEDMAP_TABLE1', 'SELFSUP_TABLE1', 'SELFSUP_TABLE2', 'SELFSUP_TEXTS', 'VSEPP', 'GXN_MODELS', 'GXN_TABLE2',
-           'GXN_PLACES', 'WAYS_OF_RETRIEVAL', 'MEAN_RECALL', 'WEIGHTS', 'LAVITER_TABLE1', 'LAVITER_MODELS',
-           'LAVITER_TABLE5', 'SDN_TABLE1', 'SDN_TABLE2', 'SDN_TABLE3', 'ALL_SYSTEMS', 'SHARED', 'TABLES', 'IN_WORKBOOK',
-           'DRAWN', 'COLUMNS', 'AGREES', 'SORT', 'TABLE_STYLE', 'Cell', 'embedmap_table1', 'embedmap_speakers',
-           'selfsup_table1', 'selfsup_table2', 'selfsup_texts', 'gxn_table1', 'gxn_table2', 'gxn_table3',
-           'gxn_imagined', 'gxn_rewards', 'aligned', 'laviter_table1', 'laviter_table2', 'laviter_table3',
-           'laviter_table4', 'laviter_table5', 'sdn_drawn', 'sdn_table1', 'sdn_table2', 'sdn_table3', 'all_systems',
-           'table_name', 'find_table', 'questions', 'possible', 'asked_runs', 'answer', 'measured', 'fits', 'data_name',
-           'same_items', 'estimate_of', 'table_row', 'about', 'same_pictures', 'build_table', 'rated', 'read_table',
-           'write_table', 'UnbackedFigure', 'stored_records', 'check_table', 'decimals', 'known', 'readable',
-           'plot_table', 'paired_differences', 'agreement', 'at_chance', 'as_markdown', 'as_latex', 'metric_html',
-           'table_html', 'TableView']
+           'GXN_PLACES', 'WAYS_OF_RETRIEVAL', 'MEAN_RECALL', 'LAVITER_TABLE1', 'LAVITER_MODELS', 'LAVITER_TABLE5',
+           'SDN_TABLE1', 'SDN_TABLE2', 'SDN_TABLE3', 'ALL_SYSTEMS', 'SHARED', 'TABLES', 'IN_WORKBOOK', 'DRAWN',
+           'COLUMNS', 'AGREES', 'SORT', 'TABLE_STYLE', 'Cell', 'embedmap_table1', 'embedmap_speakers', 'selfsup_table1',
+           'selfsup_table2', 'selfsup_texts', 'gxn_table1', 'gxn_table2', 'gxn_table3', 'gxn_imagined', 'gxn_rewards',
+           'aligned', 'laviter_table1', 'laviter_table2', 'laviter_table3', 'laviter_table4', 'laviter_table5',
+           'sdn_drawn', 'sdn_table1', 'sdn_table2', 'sdn_table3', 'all_systems', 'table_name', 'find_table',
+           'questions', 'possible', 'asked_runs', 'answer', 'measured', 'fits', 'data_name', 'same_items',
+           'estimate_of', 'table_row', 'about', 'same_pictures', 'build_table', 'rated', 'read_table', 'write_table',
+           'UnbackedFigure', 'stored_records', 'check_table', 'decimals', 'known', 'readable', 'plot_table',
+           'paired_differences', 'agreement', 'at_chance', 'as_markdown', 'as_latex', 'metric_html', 'table_html',
+           'TableView']
 
 # %% ../../nbs/workbook/00_tables.ipynb #ad61083c
 import html
@@ -32,6 +32,7 @@ from ..metrics.human import mean_opinion
 from ..metrics.intervals import Estimate, bootstrap_mean
 from ..systems.base import abilities
 from ..systems.experiments import find_system, plan, resume, train
+from ..systems.laviter import LAMBDAS
 from ..training.checkpoint import write_atomic
 from ..training.runs import Run, RunError, finished_runs, record_text
 from .pictures import PICTURE, TEXT, ShownTwice
@@ -53,7 +54,6 @@ class Cell:
     only: str = ""                          # the datasets that have this measure, between spaces; empty: all have it
     data: str = ""                          # what its table is about; empty: what `answer` is told, or the system's home
     rated: bool = False                     # by people: answered by the record of a study, and by no training
-    but: str = ""                           # datasets on which the row is not asked, between spaces
 
 # %% ../../nbs/workbook/00_tables.ipynb #44f81bc9
 EMBEDMAP_TABLE1 = {                         # text grey, text coloured, speech grey, speech coloured: paper 002, Table 1, dB
@@ -227,8 +227,7 @@ def gxn_rewards() -> list[Cell]:
             for row, changes in rows.items() for name in ("BLEU-4", "CIDEr")]
 
 # %% ../../nbs/workbook/00_tables.ipynb #6a0a212a
-WEIGHTS = ("weight_gen", "weight_cap", "weight_ft", "weight_fi", "weight_rr")
-LAVITER_TABLE1 = {                          # weights -> R-precision and AIMCoS as printed, by dataset; coco2014 is COCO's own division, not Karpathy's
+LAVITER_TABLE1 = {                          # `LAMBDAS` -> R-precision and AIMCoS as printed, by dataset; coco2014 is COCO's own division, not Karpathy's
     (0., 0., 0., 0., 1.): {"coco2014": (89.76, .5045)}, (1., 1., 1., 1., 50.): {"coco2014": (90.35, .4931)},
     (.01, .1, 1., 1., 50.): {"coco2014": (90.71, .5063)}, (.01, .1, 50., 1., 1.): {"coco2014": (90.31, .5063)},
     (.01, .1, 1., 50., 1.): {"coco2014": (90.49, .496)}, (.01, .1, 10., 1., 10.): {"coco2014": (90.05, .498)},
@@ -258,10 +257,10 @@ def aligned(row: str, changes: Mapping[str, Any], papers: Mapping[str, tuple[flo
 
 
 def laviter_table1() -> list[Cell]:
-    "Table 1 of paper 001: the full model with other weights in eq. 16. On CUB only the rows that it prints for CUB are asked, elsewhere all of them."
+    "Table 1 of paper 001: the full model with other weights in eq. 16. Of the paper's data each is asked the rows that are printed for it; drawn birds all."
     row = lambda weights: ", ".join(f"{weight:g}" for weight in weights)
-    return [replace(cell, but="" if "cub" in papers else "cub") for weights, papers in LAVITER_TABLE1.items()
-            for cell in aligned(row(weights), {"model": "full"} | dict(zip(WEIGHTS, weights)), papers)]
+    return [replace(cell, only=" ".join((*papers, "birds"))) for weights, papers in LAVITER_TABLE1.items()
+            for cell in aligned(row(weights), {"model": "full"} | dict(zip(LAMBDAS, weights)), papers)]
 
 
 def laviter_table2() -> list[Cell]:
@@ -398,7 +397,7 @@ def possible(
 ) -> list[Cell]:
     "The cells that runs on these data can answer."
     names = {name.split(",")[0] for name in data}
-    return [cell for cell in cells if not names or (not cell.only or names & set(cell.only.split())) and not names & set(cell.but.split())]
+    return [cell for cell in cells if not cell.only or not names or names & set(cell.only.split())]
 
 # %% ../../nbs/workbook/00_tables.ipynb #82fb8ece
 def asked_runs(
@@ -412,8 +411,7 @@ def asked_runs(
     told = {"seed"} | {key for cell in cells for key in cell.changes}
     if told & set(changes): raise ValueError(f"{', '.join(sorted(told & set(changes)))}: the table says this itself, row by row; seeds are given as --seeds.")
     data = data or next((cell.data for cell in cells if cell.data), "")
-    choosy = {cell.system for cell in cells if (cell.only or cell.but) and not cell.rated}
-    names = {system: plan(system, data, preset, changes).data["name"] for system in choosy}
+    names = {system: plan(system, data, preset, changes).data["name"] for system in {cell.system for cell in cells if cell.only and not cell.rated}}
     fitting = [cell for cell in cells if possible([cell], [names[cell.system]] if cell.system in names else ())]
     if cells and not fitting:
         about = sorted({name for cell in cells for name in cell.only.split()})
