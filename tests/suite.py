@@ -200,7 +200,8 @@ def run_notebooks(root: Path) -> Result:
 def run_tests(root: Path) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        options = ["-q", "-rs", "-n", str(WORKERS), "--dist=loadfile", "--ignore=tests/bench", f"--junitxml={report}"]
+        options = ["-q", "-rs", "--durations=12", "--ignore=tests/bench", f"--junitxml={report}"]
+        options += ["-n", str(WORKERS), "--dist=loadfile", "--no-loadscope-reorder"]  # a worker takes whole files, in conftest's order
         # `-m` puts the project's folder first on the path: its own package is tested, not one installed elsewhere.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as for notebooks
         status = subprocess.run([sys.executable, "-m", "pytest", "tests", *options], cwd=root, env=environment).returncode
