@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from .blocks import ResidualBlock, conv3x3, up_block
+from .blocks import ResidualBlock, UpBlock, conv3x3
 from .stackgan import first_stage, tree_sizes
 
 # %% ../../nbs/models/13_attention_gan.ipynb #efde183e
@@ -63,7 +63,7 @@ class _Refinement(nn.Module):
     def __init__(self, words: int, width: int, residuals: int):
         super().__init__()
         self.attention = WordAttention(words, width)
-        self.layers = nn.Sequential(*[ResidualBlock(2 * width) for _ in range(residuals)], up_block(2 * width, width))
+        self.layers = nn.Sequential(*[ResidualBlock(2 * width) for _ in range(residuals)], UpBlock(2 * width, width))
 
     def forward(self, maps, words, pads):
         context, shares = self.attention.attend(maps, words, pads)

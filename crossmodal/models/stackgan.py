@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .blocks import ConditionedBlock, ResidualBlock, conv3x3, down_block, leaky_block, up_block, with_condition
+from .blocks import ConditionedBlock, ResidualBlock, UpBlock, conv3x3, down_block, leaky_block, with_condition
 
 # %% ../../nbs/models/05_stackgan.ipynb #c57e0511
 class ConditioningAugmentation(nn.Module):
@@ -70,7 +70,7 @@ def first_stage(
     numbers = 2 * side ** 2 * widths[0]
     return nn.Sequential(
         nn.Linear(inputs, numbers, bias=False), nn.BatchNorm1d(numbers), nn.GLU(1), nn.Unflatten(1, (widths[0], side, side)),
-        *[up_block(a, b) for a, b in zip(widths, widths[1:])])
+        *[UpBlock(a, b) for a, b in zip(widths, widths[1:])])
 
 # %% ../../nbs/models/05_stackgan.ipynb #74bc0769
 class _Refinement(nn.Module):
@@ -78,7 +78,7 @@ class _Refinement(nn.Module):
     def __init__(self, condition: int, channels: int, residuals: int):
         super().__init__()
         self.join = ConditionedBlock(condition, channels, channels)
-        self.layers = nn.Sequential(*[ResidualBlock(channels) for _ in range(residuals)], up_block(channels, channels // 2))
+        self.layers = nn.Sequential(*[ResidualBlock(channels) for _ in range(residuals)], UpBlock(channels, channels // 2))
 
     def forward(self, maps, condition): return self.layers(self.join(maps, condition))
 
