@@ -47,7 +47,7 @@ BACKBONES = {
     "inception_v3": BackboneSpec("Inception_V3_Weights.IMAGENET1K_V1", ("flatten", "Mixed_6e.cat"), 2048, 299, SYMMETRIC, front=768),
     "efficientnet_lite0": BackboneSpec("", ("", ""), 1280, 224, SYMMETRIC, front=112),
     "efficientnet_lite0_middle": BackboneSpec("", ("", ""), 6 * 6 * 80, 224, SYMMETRIC, grid=6),   # after half its blocks
-    "efficientnet_lite0_middle_colours": BackboneSpec("", ("", ""), 6 * 6 * (80 + 64), 224, SYMMETRIC, grid=6),    # told below
+    "efficientnet_lite0_middle_colours": BackboneSpec("", ("", ""), 6 * 6 * (80 + 64), 224, SYMMETRIC, grid=6, front=80 + 64),    # told below
     "efficientnet_lite0_colours": BackboneSpec("", ("", ""), 1280 + 3 * 3 * 64, 224, SYMMETRIC, front=112 + 64),     # told below
 }
 
@@ -142,6 +142,9 @@ def _halves(name: str, trained: bool) -> tuple[nn.Module, nn.Sequential]:
     if name == "efficientnet_lite0_colours":
         front, end = _halves("efficientnet_lite0", trained)
         return _BesideColours(front), _WithColours(end)
+    if name == "efficientnet_lite0_middle_colours":
+        network, grid = _lite0(trained), BACKBONES[name].grid
+        return _BesideColours(_first_blocks(network, 7)), nn.Sequential(_BeforeColours(network._blocks[7]), _Roots(), nn.AdaptiveAvgPool2d(grid), nn.Flatten(1))
     network = _torchvision_network(name, BACKBONES[name], trained)
     if name == "inception_v3":
         layers = [layer for key, layer in network.named_children() if key not in ("AuxLogits", "avgpool", "dropout", "fc")]
@@ -178,6 +181,15 @@ class _BesideColours(nn.Module):
     def forward(self, images):
         maps = self.front(images)
         return torch.cat([maps, colour_shares(images, maps.shape[3])], 1)
+
+
+class _BeforeColours(nn.Module):
+    "A block that changes maps, and not the colours behind them."
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, maps): return torch.cat([self.block(maps[:, :-STEPS ** 3]), maps[:, -STEPS ** 3:]], 1)
 
 
 class _Roots(nn.Module):

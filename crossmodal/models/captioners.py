@@ -183,6 +183,7 @@ class GruCaptioner(Writer):
         hidden: int = 1024,
         dropout: float = 0.,                # between the GRU and the output layer, in training
         condition: Literal["input", "state"] = "input",         # the code is the first input, before <start>; or the initial state
+        memory: float = 0.,                 # added to the offsets of the update gate at the start: the greater, the longer a state lasts; see below
     ):
         super().__init__(words, start, end)
         if condition not in ("input", "state"): raise ValueError(f"condition={condition!r}: expected 'input' or 'state'.")
@@ -190,6 +191,7 @@ class GruCaptioner(Writer):
         self.words = nn.Embedding(words, width, padding_idx=PAD)
         self.picture = nn.Linear(codes, width if condition == "input" else hidden)
         self.gru = nn.GRU(width, hidden, batch_first=True)
+        with torch.no_grad(): self.gru.bias_ih_l0[hidden:2 * hidden] += memory          # torch's order of gates: reset, update, new
         self.out = nn.Linear(hidden, words)
 
     def begin(self,
