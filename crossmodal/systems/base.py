@@ -98,7 +98,8 @@ def fidelity_scores(
 ) -> dict[str, Score]:
     "FID, and Inception Scores where the judge has classes; nothing of fewer than four pictures, which are no crowd."
     if min(len(drawn), len(real)) < 4: return {}
-    found = fidelity(drawn, real, backbone_extractor(frozen_backbone(judge, BACKBONES[judge].side)), batch_size=8)      # maps of more want new memory each time
+    looks = backbone_extractor(frozen_backbone(judge, BACKBONES[judge].side))
+    found = fidelity(drawn, real, looks, batch_size=8)                      # on a CPU, where the judge stays, more take longer
     scores = {f"fid ({judge})": Score([float(found.frechet)], "", n=len(drawn))}
     if found.inception: scores[f"inception score ({judge})"] = Score([found.inception.mean], "", 1., n=len(drawn))
     if found.inception_real: scores[f"inception score of real pictures ({judge})"] = Score([found.inception_real.mean], "", 1., n=len(real))

@@ -129,7 +129,7 @@ GXN_PRESETS = {
     "quick": {"per_species": Changed(30, "two cores, minutes"),
               "facing": Changed("right", "no caption says where the bird looks, and parts that may be on either side are harder to read"),
               "box": Changed(True, "likewise: a part is then nearly always in the same field"),
-              "backbone": Changed("efficientnet_lite0_middle_colours", LITE + "; it still knows which part has which colour (models/03_backbones)"),
+              "backbone": Changed("efficientnet_lite0_middle_colours", LITE + "; it still knows which colours are where (models/03_backbones)"),
               "first_backbone": Changed("efficientnet_lite0_middle_colours", "likewise"), "backbone_side": Changed(64, "faster, and drawn birds are simple"),
               "tuned": Changed("last", "two cores, minutes"), "tuned_on": Changed(False, "likewise: the encoder looks at each picture once more, then rests"),
               "word": Changed(100, "two cores, minutes"), "hidden": Changed(192, "likewise"), "joint": Changed(256, "likewise"),
