@@ -40,10 +40,10 @@ def vgg_layers(
     return _he(nn.Sequential(*layers))
 
 
-def _he(module: nn.Module) -> nn.Module:
+def _he(module: nn.Module, leak: float = 0.) -> nn.Module:
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.kaiming_normal_(layer.weight, a=leak)
             if layer.bias is not None: nn.init.zeros_(layer.bias)
     return module
 
@@ -143,6 +143,7 @@ class Mirror(nn.Module):
         pictures: int = 1,                  # drawn of each sentence: n in section 3.4
         normalise: bool = False,            # batch normalisation before each ReLU; paper 004 names none
         resize: Literal["nearest", "bilinear"] = "nearest",     # unstated
+        leak: float = 0.,                   # share of a negative number that a layer lets through, 0 ... 1; 0: ReLU
     ):
         super().__init__()
         if side < 1 or side % 2 ** len(plan):
@@ -150,14 +151,15 @@ class Mirror(nn.Module):
         if pictures < 1: raise ValueError(f"pictures={pictures}: expected one or more of each sentence.")
         self.plan, self.pictures, self.resize = plan, pictures, resize
         k, widths = side // 2 ** len(plan), (3 * pictures, *(width for group in plan for width in group))
+        act = lambda: nn.LeakyReLU(leak, inplace=True) if leak else nn.ReLU(inplace=True)
         norm = lambda kind, width: [kind(width)] if normalise else []
-        dense = [nn.Sequential(nn.Linear(a, b, bias=not normalise), *norm(nn.BatchNorm1d, b), nn.ReLU(inplace=True))
+        dense = [nn.Sequential(nn.Linear(a, b, bias=not normalise), *norm(nn.BatchNorm1d, b), act())
                  for a, b in ((text_width, hidden), (hidden, hidden), (hidden, widths[-1] * k * k))]
         self.dense = nn.Sequential(*dense, nn.Unflatten(1, (widths[-1], k, k)))
-        self.convolutions = nn.ModuleList(nn.Sequential(nn.Conv2d(b, a, 3, padding=1, bias=not normalise), *norm(nn.BatchNorm2d, a), nn.ReLU(inplace=True))
+        self.convolutions = nn.ModuleList(nn.Sequential(nn.Conv2d(b, a, 3, padding=1, bias=not normalise), *norm(nn.BatchNorm2d, a), act())
                                           for a, b in zip(widths[1:], widths[2:]))          # g-conv of layer 2, 3, ...
         self.picture = nn.Conv2d(widths[1], widths[0], 3, padding=1)                        # g-conv1_1
-        _he(self).to(memory_format=torch.channels_last)
+        _he(self, leak).to(memory_format=torch.channels_last)
 
     def forward(self,
         codes: Float[Tensor, "b text_width"],
