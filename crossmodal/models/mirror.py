@@ -149,6 +149,7 @@ class Mirror(nn.Module):
         if side < 1 or side % 2 ** len(plan):
             raise ValueError(f"a teacher with {len(plan)} pools halves its maps {len(plan)} times: side must be a multiple of {2 ** len(plan)}, found {side}.")
         if pictures < 1: raise ValueError(f"pictures={pictures}: expected one or more of each sentence.")
+        if not 0 <= leak <= 1: raise ValueError(f"leak={leak}: expected a share, 0 ... 1.")
         self.plan, self.pictures, self.resize = plan, pictures, resize
         k, widths = side // 2 ** len(plan), (3 * pictures, *(width for group in plan for width in group))
         act = lambda: nn.LeakyReLU(leak, inplace=True) if leak else nn.ReLU(inplace=True)
