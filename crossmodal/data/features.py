@@ -44,6 +44,7 @@ class FeatureCache:
         "The features of these pictures."
         if kind not in self.kinds: raise ValueError(f"{self.folder.name} keeps {', '.join(self.kinds)}, not {kind!r}.")
         stored = np.load(self.folder / f"{kind}.npy", mmap_mode="r", allow_pickle=False)
+        if np.max(views, initial=0) >= stored.shape[1]: raise ValueError(f"{self.folder.name} keeps no mirror images: build it with mirrored=True.")
         return torch.from_numpy(stored[np.asarray(positions), views].astype(np.float32))
 
 # %% ../../nbs/data/17_features.ipynb #12376708
@@ -58,15 +59,16 @@ def write_features(
     batch_size: int,
     device: torch.device | str,
     progress: bool = True,
+    mirrored: bool = True,
 ):
-    "Run an encoder over all pictures of a collection, both views. A value that half precision cannot hold is an error."
+    "Run an encoder over all pictures of a collection, and over their mirror images. A value that half precision cannot hold is an error."
     from tqdm.auto import tqdm
     pictures, count, files = cached_pictures(collection, transform, progress), len(collection.pictures), {}
     for start in tqdm(range(0, count, batch_size), desc=f"encoding {collection.name}", unit="batch", disable=not progress, mininterval=1, delay=3):
         rows = range(start, min(start + batch_size, count))
         images = present(pictures.read(rows), transform)
         if isinstance(images, tuple): images = images[-1]
-        with torch.no_grad(): views = [encode(x.to(device)) for x in (images, images.flip(3))]
+        with torch.no_grad(): views = [encode(x.to(device)) for x in (images, images.flip(3))[:1 + mirrored]]
         for kind in views[0]:
             found = torch.stack([view[kind] for view in views], dim=1).half().cpu().numpy()
             if not np.isfinite(found).all(): raise ValueError(f"{kind} of pictures {rows.start}-{rows.stop - 1} is not finite in half precision.")
@@ -83,9 +85,10 @@ def cached_features(
     batch_size: int = 32,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    mirrored: bool = True,                          # of their mirror images, too
 ) -> FeatureCache:
     "What a frozen encoder says of a collection's pictures, from the cache; computed first if need be."
     where = cached_pictures(collection, transform, progress).folder.name
-    key = {"version": 1, "pictures": where, "encoder": encoder, "sizes": transform.sizes, "views": VIEWS}
-    build = lambda folder: write_features(encode, collection, transform, folder, batch_size, device, progress)
+    key = {"version": 1, "pictures": where, "encoder": encoder, "sizes": transform.sizes, "views": VIEWS[:1 + mirrored]}
+    build = lambda folder: write_features(encode, collection, transform, folder, batch_size, device, progress, mirrored)
     return FeatureCache(entry(f"{collection.name}-{encoder.split()[0]}", key, build))

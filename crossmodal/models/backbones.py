@@ -265,10 +265,11 @@ def backbone_features(
     front: bool = False,                    # keep the maps of its front, not the vectors of the whole
     device: torch.device | str = "cpu",
     margin: float = 1.,                     # pictures are enlarged by this factor, and their middle is kept
+    mirrored: bool = True,                  # of their mirror images, too
 ) -> FeatureCache:                          # by position in the collection
     "What a frozen backbone says of all pictures of a collection: kind `vector`, or `regions` of a front. Computed once."
     backbone = frozen_backbone(name, side, front).to(device)
     encode = lambda images: dict(zip(("vector", "regions"), backbone(images)))
     kind = "regions" if front else "vector"
     return cached_features(lambda images: {kind: encode(images)[kind]}, f"{backbone.name} {_frozen_fingerprint(name, side, front)}", collection,
-                           Transform((side,), box=box, margin=margin), device=device)
+                           Transform((side,), box=box, margin=margin), device=device, mirrored=mirrored)

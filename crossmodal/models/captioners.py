@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.text import PAD
+from .recurrent import keep_longer
 
 # %% ../../nbs/models/08_captioners.ipynb #53bddf13
 State = Tensor | tuple["State", ...]        # the first dimension of every tensor is the batch
@@ -191,7 +192,7 @@ class GruCaptioner(Writer):
         self.words = nn.Embedding(words, width, padding_idx=PAD)
         self.picture = nn.Linear(codes, width if condition == "input" else hidden)
         self.gru = nn.GRU(width, hidden, batch_first=True)
-        with torch.no_grad(): self.gru.bias_ih_l0[hidden:2 * hidden] += memory          # torch's order of gates: reset, update, new
+        keep_longer(self.gru, memory)
         self.out = nn.Linear(hidden, words)
 
     def begin(self,

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..data.text import PAD
-from .recurrent import read_sentences
+from .recurrent import keep_longer, read_sentences
 
 # %% ../../nbs/models/10_text_encoders.ipynb #12925ce3
 class GruEncoder(nn.Module):
@@ -21,9 +21,11 @@ class GruEncoder(nn.Module):
         hidden: int,                            # of each direction: 1024
         outputs: int,                           # width of the joint space: 1024
         bidirectional: bool = False,
+        memory: float = 0.,                     # added to the offsets of the update gates at the start: the greater, the longer a word lasts; see below
     ):
         super().__init__()
         self.gru = nn.GRU(inputs, hidden, batch_first=True, bidirectional=bidirectional)
+        keep_longer(self.gru, memory)
         self.project = nn.Linear(hidden * (1 + bidirectional), outputs)
 
     def forward(self,

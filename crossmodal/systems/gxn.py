@@ -95,7 +95,7 @@ class GxnConfig(Config):
     gamma_first: Share = .05                # eq. 7, over the epochs of the phase
     gamma_last: Share = .95
     shown: Literal["input", "state"] = "input"      # how the writer is shown v_l: as its first input, or as its state before the first word
-    memory: Weight = 0.                     # added to the offsets of the writer's update gate at its start (models/08_captioners)
+    memory: Weight = 0.                     # added to the offsets of all GRUs' update gates at their start, readers' and writer's (models/17_recurrent)
     longest: Count = 30                     # words of a written caption
     beams: Count = 5                        # the paper does not say how it decodes
     condition: Count = 128                  # of t_c
@@ -126,7 +126,7 @@ GXN_PRESETS = {
               "longest": Changed(8, "likewise"), "beams": Changed(2, "likewise"), "condition": Changed(8, "likewise"), "noise": Changed(4, "likewise"),
               "generator_width": Changed(4, "likewise"), "discriminator_width": Changed(4, "likewise"), "picture_beta": Changed(.5, "as in quick"),
               "judge": Changed("efficientnet_lite0", LITE), "judged": Changed(12, "a test must end in seconds")},
-    "quick": {"per_species": Changed(30, "two cores, minutes"),
+    "quick": {"per_species": Changed(30, "two cores, minutes"), "side": Changed(32, "likewise"),
               "facing": Changed("right", "no caption says where the bird looks, and parts that may be on either side are harder to read"),
               "box": Changed(True, "likewise: a part is then nearly always in the same field"),
               "backbone": Changed("efficientnet_lite0_middle_colours", LITE + "; it still knows which colours are where (models/03_backbones)"),
@@ -136,7 +136,7 @@ GXN_PRESETS = {
               "batch": Changed(64, "more steps in the same time"),
               "similarity": Changed("cosine", "the codes of an order lie in one corner, close together; in few steps it finds half as many pairs"),
               "margin": Changed(.2, "VSE++'s, for cosines"), "dropout": Changed(.1, "few steps: with more, the writer has not learned its colours by the end"),
-              "rate": Changed(1e-3, "few steps, so larger ones"), "later_rate": Changed(5e-4, "likewise"), "caption_rate": Changed(4e-3, "likewise"),
+              "rate": Changed(3e-3, "few steps, so larger ones"), "later_rate": Changed(5e-4, "likewise"), "caption_rate": Changed(4e-3, "likewise"),
               "tune_rate": Changed(1e-4, "likewise"), "decay": Changed(.2, "few steps: none to spare for much smaller ones"),
               "look_epochs": Changed(2, "two cores, minutes; captioning goes on matching"), "hardest_epochs": Changed(8, "likewise"),
               "tune_epochs": Changed(1, "likewise"),
@@ -144,8 +144,8 @@ GXN_PRESETS = {
               "caption_epochs": Changed(6, "two cores, minutes"), "reward_epochs": Changed(1, "likewise"),
               "sampled": Changed(0., "drawing words one by one takes three times as long, and a writer that can hardly write learns little from it"),
               "shown": Changed("state", "in few steps it does not learn to carry its first input to the end of the sentence"),
-              "memory": Changed(4., "likewise: else half of that state is gone after a word"),
-              "draw_epochs": Changed(1, "two cores, minutes"), "draw_batch": Changed(24, "more steps in the same time"),
+              "memory": Changed(4., "likewise, nor a sentence's first words: else half of a state is gone after a word"),
+              "draw_epochs": Changed(3, "two cores, minutes"), "draw_batch": Changed(24, "more steps in the same time"),
               "picture_epochs": Changed(1, "two cores, minutes"), "joint_epochs": Changed(2, "likewise; the second at smaller rates"),
               "beams": Changed(3, "likewise"), "condition": Changed(64, "small codes"),
               "noise": Changed(8, "little is left to chance when the caption says most"), "generator_width": Changed(8, "two cores, minutes"),
@@ -201,7 +201,7 @@ def seen_by_end(
     "What goes into the part of the encoder that may learn: vectors of a frozen backbone, maps of its front, or pictures."
     positions, learns = dataset.positions[rows], config.model not in FROZEN
     if not learns or config.tuned == "last":
-        kept = backbone_features(dataset.collection, backbone_of(config), config.backbone_side, config.box, learns, device)
+        kept = backbone_features(dataset.collection, backbone_of(config), config.backbone_side, config.box, learns, device, mirrored=not config.facing)
         return kept.read(positions, "regions" if learns else "vector", views).to(device)
     transform = Transform((config.backbone_side,), box=config.box, margin=1)
     images = present(cached_pictures(dataset.collection, transform).read(positions), transform).to(device)
@@ -223,7 +223,7 @@ class Matcher(nn.Module):
         self.normalize = nn.BatchNorm1d(width, affine=False)
         self.see = nn.ModuleDict({branch: nn.Linear(width, config.joint) for branch in branches})      # P_v
         both = {"high": config.model != "gru", "low": False}
-        self.read = nn.ModuleDict({branch: GruEncoder(config.word, config.hidden, config.joint, both[branch]) for branch in branches})
+        self.read = nn.ModuleDict({branch: GruEncoder(config.word, config.hidden, config.joint, both[branch], config.memory) for branch in branches})
 
     def place(self, codes: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         "On the unit sphere; in its non-negative corner if codes are ordered."

@@ -114,12 +114,13 @@ REBUILD_PRESETS = {
               "backbone_side": Changed(64, "a test must end in seconds"),
               "code": Changed(32, "likewise"), "image_epochs": Changed(1, "likewise"), "judge": Changed("efficientnet_lite0", "its weights need no download"),
               "judged": Changed(20, "likewise")},
-    "quick": {"side": Changed(64, "two cores, minutes"), "margin": Changed(1., "drawn birds fill their pictures: a crop would cost bills and feet"),
+    "quick": {"side": Changed(32, "two cores, minutes; at 64, with a third of the steps, colours come in specks"),
+              "margin": Changed(1., "drawn birds fill their pictures: a crop would cost bills and feet"),
               "augment": Changed(False, "with the encoder's picture flipped by another coin than the target's, no code can say where a bird looks"),
-              "per_species": Changed(80, "two cores, minutes"),
+              "per_species": Changed(120, "two cores, minutes"),
               "backbone": Changed("efficientnet_lite0_middle_colours", "no download; it still knows where parts are, and their colours"),
               "backbone_side": Changed(96, "faster, and drawn birds are simple"), "code": Changed(256, "few pictures, and small mappings"),
-              "image_epochs": Changed(16, "two cores, minutes"), "image_rate": Changed(5e-4, "few steps, so larger ones; at 1e-3 the tree collapses at times"),
+              "image_epochs": Changed(24, "two cores, minutes"), "image_rate": Changed(5e-4, "few steps, so larger ones; at 1e-3 the tree collapses at times"),
               "judge": Changed("efficientnet_lite0", "its weights need no download"), "judged": Changed(400, "two cores, minutes")},
     "reduced": {"side": Changed(64, "two cores"), "backbone": Changed("efficientnet_lite0_middle", "no download; it still knows where parts are"),
                 "backbone_side": Changed(128, "faster, for pictures of 64"), "code": Changed(256, "half an hour, not days"),
@@ -136,18 +137,18 @@ SELFSUP_PRESETS = {
         "gan_epochs": Changed(2, "likewise"), "mmd_epochs": Changed(2, "likewise"),
         "freeze_words": Changed(True, "where vectors are given: few captions would pull only their own words away")},
     "quick": REBUILD_PRESETS["quick"] | {
-        "branches": Changed(2, "32 and 64 pixels"),
+        "branches": Changed(2, "16 and 32 pixels"),
         "noise": Changed(8, "little is left to chance when the code says most"),
         "generator_width": Changed(16, "two cores, minutes"), "discriminator_width": Changed(8, "likewise"),
         "pixel_weight": Changed(1500., "the adversarial losses alone need hundreds of epochs before there is a bird"),
         "kl_weight": Changed(1., "little beside so large an error; without any, variances run away"),
-        "text_batch": Changed(64, "more updates in an epoch, each cheaper"), "text_epochs": Changed(4, "two cores, minutes"),
+        "text_batch": Changed(64, "more updates in an epoch, each cheaper"), "text_epochs": Changed(3, "two cores, minutes"),
         "text_rate": Changed(4e-3, "few steps, so larger ones"),
         "forcing": Changed(1., "one call instead of twenty, and several times fewer steps"),
         "freeze_words": Changed(True, "where vectors are given: few captions would pull only their own words away"),
-        "mapping_hidden": Changed(1, "two cores, minutes; narrow ones leave time for more updates"), "gan_epochs": Changed(16, "likewise"),
+        "mapping_hidden": Changed(1, "two cores, minutes; narrow ones leave time for more updates"), "gan_epochs": Changed(11, "likewise"),
         "critic_bound": Changed(0., "a bounded critic wants some hundred thousand steps"),
-        "mmd_epochs": Changed(60, "two cores, under a minute for some 300 updates of the generator"), "mmd_patient": Changed(2, "few steps"),
+        "mmd_epochs": Changed(40, "two cores, under a minute for some 300 updates of the generator"), "mmd_patient": Changed(2, "few steps"),
         "mmd_speed": Changed(5., "few steps, so larger ones")},
     "reduced": REBUILD_PRESETS["reduced"] | {
         "branches": Changed(2, "32 and 64 pixels"), "generator_width": Changed(16, "two cores"), "discriminator_width": Changed(8, "likewise"),
@@ -166,7 +167,7 @@ def picture_features(
     config: RebuildConfig,
 ) -> FeatureCache:                          # by position in the collection
     "What the backbone says of all pictures of a dataset, computed once."
-    return backbone_features(train.collection, config.backbone, config.backbone_side, config.box)
+    return backbone_features(train.collection, config.backbone, config.backbone_side, config.box, mirrored=config.augment)
 
 # %% ../../nbs/systems/01_selfsup.ipynb #5f7c234f
 class Rebuilds(System):
