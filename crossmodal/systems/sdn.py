@@ -56,7 +56,7 @@ class SdnConfig(Config):
     model: Model = "sdn"
     side: Count = 224                       # pixels of the drawn picture
     per_species: Count = 100                # of drawn birds only
-    facing: Literal["", "left", "right"] = ""        # where drawn birds look; empty: each its own way
+    facing: Literal["", "left", "right"] = ""        # where drawn birds look, and no mirror images for the reader; empty: each its own way
     teacher: Literal["vgg19", "vgg8", "vgg7", "vgg4"] = "vgg19"     # vgg19 knows ImageNet; the others learn the classes of the data first
     calibrated: bool = False                # each layer weighs alike, all together as much as the picture (after Chen and Koltun); the paper adds up
     normalize: bool = False                 # batch normalisation in the student
