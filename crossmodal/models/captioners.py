@@ -184,7 +184,7 @@ class GruCaptioner(Writer):
         hidden: int = 1024,
         dropout: float = 0.,                # between the GRU and the output layer, in training
         condition: Literal["input", "state"] = "input",         # the code is the first input, before <start>; or the initial state
-        memory: float = 0.,                 # added to the offsets of the update gate at the start: the greater, the longer a state lasts; see below
+        memory: float = 0.,                 # the update gate's offsets begin between 0 and this: the greater, the longer a state lasts; see below
     ):
         super().__init__(words, start, end)
         if condition not in ("input", "state"): raise ValueError(f"condition={condition!r}: expected 'input' or 'state'.")

@@ -53,9 +53,10 @@ def read_sentences(
 # %% ../../nbs/models/17_recurrent.ipynb #48c5bafa
 def keep_longer(
     reader: nn.GRU,                         # fresh, of one layer with biases
-    memory: float,                          # added to the offsets of its update gates; 0 leaves it as it is
+    memory: float,                          # the update gates' offsets grow by 0 for the first unit, and evenly up to this for the last; 0 leaves it as it is
 ):
-    "After a word, about sigmoid(memory) of a state is left."
-    update = slice(reader.hidden_size, 2 * reader.hidden_size)          # torch's order of gates: reset, update, new
+    "After a word, about sigmoid(offset) of a unit's state is left."
+    width = reader.hidden_size
+    offsets = (reader.bias_ih_l0, reader.bias_ih_l0_reverse) if reader.bidirectional else (reader.bias_ih_l0,)
     with torch.no_grad():
-        for direction in range(1 + reader.bidirectional): getattr(reader, f"bias_ih_l0{'_reverse' * direction}")[update] += memory
+        for offset in offsets: offset[width:2 * width] += torch.linspace(0, memory, width)      # torch's order of gates: reset, update, new

@@ -21,7 +21,7 @@ class GruEncoder(nn.Module):
         hidden: int,                            # of each direction: 1024
         outputs: int,                           # width of the joint space: 1024
         bidirectional: bool = False,
-        memory: float = 0.,                     # added to the offsets of the update gates at the start: the greater, the longer a word lasts; see below
+        memory: float = 0.,                     # the update gates' offsets begin between 0 and this: the greater, the longer a word lasts; see below
     ):
         super().__init__()
         self.gru = nn.GRU(inputs, hidden, batch_first=True, bidirectional=bidirectional)

@@ -95,7 +95,7 @@ class GxnConfig(Config):
     gamma_first: Share = .05                # eq. 7, over the epochs of the phase
     gamma_last: Share = .95
     shown: Literal["input", "state"] = "input"      # how the writer is shown v_l: as its first input, or as its state before the first word
-    memory: Weight = 0.                     # added to the offsets of all GRUs' update gates at their start, readers' and writer's (models/17_recurrent)
+    memory: Weight = 0.                     # the offsets of all GRUs' update gates, readers' and writer's, begin between 0 and this (models/17_recurrent)
     longest: Count = 30                     # words of a written caption
     beams: Count = 5                        # the paper does not say how it decodes
     condition: Count = 128                  # of t_c
@@ -144,7 +144,7 @@ GXN_PRESETS = {
               "caption_epochs": Changed(5, "two cores, minutes"), "reward_epochs": Changed(1, "likewise"),
               "sampled": Changed(0., "drawing words one by one takes three times as long, and a writer that can hardly write learns little from it"),
               "shown": Changed("state", "in few steps it does not learn to carry its first input to the end of the sentence"),
-              "memory": Changed(4., "likewise, nor a sentence's first words: else half of a state is gone after a word"),
+              "memory": Changed(8., "likewise, nor a sentence's first words: else half of a state is gone after a word"),
               "draw_epochs": Changed(2, "two cores, minutes"), "draw_batch": Changed(24, "more steps in the same time"),
               "picture_epochs": Changed(1, "two cores, minutes"), "joint_epochs": Changed(2, "likewise; the second at smaller rates"),
               "beams": Changed(3, "likewise"), "condition": Changed(64, "small codes"),

@@ -76,7 +76,6 @@ class SdnConfig(Config):
     recurrent: Literal["gru", "rnn"] = "gru"        # what its convolutions are read by: Reed et al.'s network for birds, or the one for flowers, half as wide
     channels: Count = 512                   # of the character network: of its second and third convolution and its memory; the first has three quarters
     word: Count = 300                       # width of a word's vector, where words are read
-    memory: Weight = 0.                     # added to the offsets of the update gate of the GRU that reads them, at its start (models/17_recurrent)
     text_backbone: Literal["inception_v3", "efficientnet_lite0", "efficientnet_lite0_colours"] = "inception_v3"     # whose vectors sentences must meet
     text_side: Count = 299                  # pixels that it sees
     text_epochs: Count = 30
@@ -135,7 +134,6 @@ SDN_PRESETS = {
               "batch": Changed(32, "faster at small pictures"), "rate": Changed(1e-3, "few steps, so larger ones"),
               "falling": Changed(True, "few steps"), "text": Changed("gru", "letters take longer; it knows a red crown and white wings from the reverse"),
               "width": Changed(256, "two cores"), "word": Changed(128, "likewise"),
-              "memory": Changed(4., "in few steps a GRU does not learn to carry a sentence's first words to its end"),
               "text_backbone": Changed("efficientnet_lite0_colours", LITE + "; captions ask for colours, which lite0 alone forgets (models/03_backbones)"),
               "text_side": Changed(96, "faster, and drawn birds are simple"), "text_epochs": Changed(4, "two cores, minutes"),
               "text_batch": Changed(64, "faster"), "text_rate": Changed(3e-3, "few steps"),
@@ -170,8 +168,7 @@ class Reader(nn.Module):
             self.characters = CharCnnRnn(config.width, (config.channels * 3 // 4, config.channels), hidden, config.recurrent)
         else:
             self.words = nn.Embedding(len(vocabulary), config.word, padding_idx=PAD)
-            gru = config.text == "gru"
-            self.sentence = GruEncoder(config.word, config.width, config.width, memory=config.memory) if gru else nn.Linear(config.word, config.width)
+            self.sentence = GruEncoder(config.word, config.width, config.width) if config.text == "gru" else nn.Linear(config.word, config.width)
 
     def forward(self,
         said: Int[Tensor, "n t"],           # places of characters or numbers of words; 0 after the last
