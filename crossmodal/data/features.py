@@ -59,9 +59,9 @@ def write_features(
     batch_size: int,
     device: torch.device | str,
     progress: bool = True,
-    mirrored: bool = True,
+    mirrored: bool = True,                          # over their mirror images, too
 ):
-    "Run an encoder over all pictures of a collection, and over their mirror images. A value that half precision cannot hold is an error."
+    "Run an encoder over all pictures of a collection. A value that half precision cannot hold is an error."
     from tqdm.auto import tqdm
     pictures, count, files = cached_pictures(collection, transform, progress), len(collection.pictures), {}
     for start in tqdm(range(0, count, batch_size), desc=f"encoding {collection.name}", unit="batch", disable=not progress, mininterval=1, delay=3):

@@ -53,7 +53,7 @@ def read_sentences(
 # %% ../../nbs/models/17_recurrent.ipynb #48c5bafa
 def keep_longer(
     reader: nn.GRU,                         # fresh, of one layer with biases
-    memory: float,                          # the update gates' offsets grow by 0 for the first unit, and evenly up to this for the last; 0 leaves it as it is
+    memory: float,                          # what the last unit's update gate is offset by; the first one's by nothing, those between evenly
 ):
     "After a word, about sigmoid(offset) of a unit's state is left."
     width = reader.hidden_size

@@ -114,7 +114,7 @@ REBUILD_PRESETS = {
               "backbone_side": Changed(64, "a test must end in seconds"),
               "code": Changed(32, "likewise"), "image_epochs": Changed(1, "likewise"), "judge": Changed("efficientnet_lite0", "its weights need no download"),
               "judged": Changed(20, "likewise")},
-    "quick": {"side": Changed(32, "two cores, minutes; at 64, with a third of the steps, colours come in specks"),
+    "quick": {"side": Changed(32, "two cores, minutes; at 64 there is time for fewer steps, and colours come in specks"),
               "margin": Changed(1., "drawn birds fill their pictures: a crop would cost bills and feet"),
               "augment": Changed(False, "with the encoder's picture flipped by another coin than the target's, no code can say where a bird looks"),
               "per_species": Changed(80, "two cores, minutes"),
