@@ -81,6 +81,19 @@ def test_without_test_pictures_the_validation_split_is_measured_and_said(karpath
     assert run.record["measured"] == "val" and len(run.record["scores"]["image-to-text R@1"]["values"]) == 1
 
 
+def test_words_and_pairs_begin_at_a_regression_once_and_are_handed_on(tmp_path):
+    run = train("gxn", preset="smoke", out=tmp_path / "run", changes={"model": "fine-tune", "pairs": True}, quiet=True)
+    first, second = load(tmp_path / run.record["stands_on"][0]), load(run.folder)
+    train_split = Gxn.open_data(first.config, "birds", "train")
+    vocabulary, none = train_split.vocabulary, torch.iinfo(torch.long).max
+    begun, empty = Gxn(first.config, vocabulary), Gxn(second.config, vocabulary)
+    for system in (begun, empty): system.prepare(train_split)
+    assert (begun.matcher.pairs.terms < none).sum() > 500 and (empty.matcher.pairs.terms == none).all()      # the second has them from the first
+    assert first.matcher.pairs.terms.equal(begun.matcher.pairs.terms) and second.matcher.pairs.terms.equal(begun.matcher.pairs.terms)
+    drift = [(system.matcher.words.weight - begun.matcher.words.weight).detach().abs().mean() for system in (first, second, Gxn(first.config, vocabulary))]
+    assert 0 < drift[0] < drift[2] / 3 and 0 < drift[1] < drift[2] / 3                                       # learned on from there
+
+
 @pytest.mark.parametrize("similarity", ["order", "cosine"])
 def test_ranks_of_joined_codes_are_those_of_the_weighted_scores(similarity):
     "Against eq. 3 written out, on a whole split."

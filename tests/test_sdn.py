@@ -261,7 +261,7 @@ def test_the_output_that_was_nearest_most_often_is_drawn(table):
         assert system.images_from_embeddings(codes).equal(system.draw(codes)[:, k])
 
 
-@pytest.mark.parametrize("text", ["words", "gru", "char-cnn-rnn"])
+@pytest.mark.parametrize("text", ["words", "gru", "pairs", "char-cnn-rnn"])
 def test_sentences_of_unknown_words_alone_are_read(text):
     system = Sdn(replace(SMOKE, model="image", text=text), Sdn.open_data(SMOKE, "birds", "train").vocabulary).eval()
     first, second = system.embed_texts(["zeppelin gizmo", "quixotic flummery"])

@@ -35,8 +35,9 @@ from ..models.backbones import BACKBONES, Backbone, BackboneEnd, backbone_featur
 from ..models.blocks import initialize
 from ..models.captioners import GruCaptioner, choosable
 from ..models.discriminators import PairDiscriminator
+from ..models.mappings import whiten
 from ..models.stackgan import ConditioningAugmentation, StackGenerator
-from ..models.text_encoders import GruEncoder
+from ..models.text_encoders import GruEncoder, PairEncoder
 from .base import Score, System, caption_figures, drawn_scores, pictures_of, recall_scores, written_scores
 from ..training.config import Changed, Config, Count, Patience, Rate, Share, Weight
 from ..training.loop import Phase
@@ -96,6 +97,7 @@ class GxnConfig(Config):
     gamma_last: Share = .95
     shown: Literal["input", "state"] = "input"      # how the writer is shown v_l: as its first input, or as its state before the first word
     memory: Weight = 0.                     # the offsets of all GRUs' update gates, readers' and writer's, begin between 0 and this (models/17_recurrent)
+    pairs: bool = False                     # vectors of pairs of neighbours join W_e's; all begin where a regression from captions to pictures has them
     longest: Count = 30                     # words of a written caption
     beams: Count = 5                        # the paper does not say how it decodes
     condition: Count = 128                  # of t_c
@@ -145,6 +147,7 @@ GXN_PRESETS = {
               "sampled": Changed(0., "drawing words one by one takes three times as long, and a writer that can hardly write learns little from it"),
               "shown": Changed("state", "in few steps it does not learn to carry its first input to the end of the sentence"),
               "memory": Changed(8., "likewise, nor a sentence's first words: else half of a state is gone after a word"),
+              "pairs": Changed(True, "likewise, nor whose a colour is: it would know the words of a caption, and which of them stand together is lost"),
               "draw_epochs": Changed(2, "two cores, minutes"), "draw_batch": Changed(24, "more steps in the same time"),
               "picture_epochs": Changed(1, "two cores, minutes"), "joint_epochs": Changed(2, "likewise; the second at smaller rates"),
               "beams": Changed(3, "likewise"), "condition": Changed(64, "small codes"),
@@ -220,6 +223,7 @@ class Matcher(nn.Module):
         self.config, width = config, BACKBONES[backbone_of(config)].width
         branches = BRANCHES[:1] if config.model in ONE_BRANCH else BRANCHES
         self.words = nn.Embedding(words, config.word, padding_idx=PAD)                  # W_e
+        if config.pairs: self.pairs = PairEncoder(words, config.word)
         self.normalize = nn.BatchNorm1d(width, affine=False)
         self.see = nn.ModuleDict({branch: nn.Linear(width, config.joint) for branch in branches})      # P_v
         both = {"high": config.model != "gru", "low": False}
@@ -235,7 +239,16 @@ class Matcher(nn.Module):
 
     def texts(self, captions: Int[Tensor, "b t"], lengths: Int[Tensor, "b"], branch: str) -> Float[Tensor, "b d"]:
         "$t_k$ of eq. 1."
-        return self.place(self.read[branch](F.dropout(self.words(captions), self.config.dropout, self.training), lengths))
+        words = self.words(captions) + self.pairs.ending(captions) if self.config.pairs else self.words(captions)
+        return self.place(self.read[branch](F.dropout(words, self.config.dropout, self.training), lengths))
+
+    @torch.no_grad()
+    def begin_words(self, captions: Int[Tensor, "n t"], expected: Float[Tensor, "n w"]):
+        "Let vectors of words and pairs begin where a regression of `expected`, a vector for each caption, puts them; brought to deviation 1."
+        self.pairs.fit(captions, expected)
+        vectors, alone = self.pairs.vectors.weight, self.pairs.terms < self.words.num_embeddings
+        vectors /= vectors[:-1][self.pairs.terms < torch.iinfo(torch.long).max].std()
+        self.words.weight[self.pairs.terms[alone]] = vectors[:-1][alone]
 
     def joined(self, codes: Sequence[Float[Tensor, "b d"]]) -> Float[Tensor, "b _"]:
         "One code of the branches' codes, whose score is eq. 3's."
@@ -340,7 +353,7 @@ class GxnPhase(Phase):
         if self.writes:
             self.optimizers += (self.adam_of(system.matcher.see["low"], ends=self.tunes, writer=True),)
         if self.draws:
-            text = [system.matcher.words, system.matcher.read["low"]] if self.matches else []
+            text = [system.matcher.words, *([system.matcher.pairs] if self.config.pairs else []), system.matcher.read["low"]] if self.matches else []
             self.optimizers += (self.adam(system.judge, self.config.picture_rate, (self.config.picture_beta, .999)), self.adam_of(*text, painter=True))
         if self.rewarded: self.reward = CiderD(self.train.texts, self.train.vocabulary, end=True)
         return self.train
@@ -477,6 +490,14 @@ class Gxn(System):
         transform = Transform((config.side,), box=config.box, margin=1., flip=not config.facing)
         return open_dataset(data, split, transform=transform, items="captions", vocabulary=vocabulary,
                             words_from=("train",), at_least=config.rare, specials=SPECIALS, seed=config.seed, **options)
+
+    def prepare(self, train):
+        if not self.config.pairs or self.config.model not in FROZEN: return
+        vectors = vector_table(self, train, (0,) if self.config.facing else (0, 1))
+        axes = nn.Sequential(nn.BatchNorm1d(vectors.shape[2], affine=False), nn.Linear(vectors.shape[2], self.config.word))
+        whiten(axes, vectors.flatten(0, 1))
+        expected = axes(vectors.flatten(0, 1)).unflatten(0, vectors.shape[:2]).mean(1)
+        self.matcher.begin_words(train.captions.long(), expected[torch.from_numpy(train.picture_of)])
 
     @classmethod
     def stands_on(cls, config): return [replace(config, model=model) for model in STANDS_ON.get(config.model, ())]
