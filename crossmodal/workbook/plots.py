@@ -522,7 +522,7 @@ def embedding_map(
 
 # %% ../../nbs/workbook/08_plots.ipynb #b2ffea76
 class LookOn(Callback):
-    "Keep what a function says of the system, before training and after each epoch."
+    "Keep what a function says of the system, before training and after each epoch (and after phases without any, where all is solved at once)."
     order = 15          # after Samples, whose dice must fall as they did
 
     def __init__(self, look: Callable[[System], Tensor]): self.look, self.seen = look, {}
@@ -534,6 +534,9 @@ class LookOn(Callback):
 
     def before_fit(self, loop): self.keep(loop, "before training")
     def after_epoch(self, loop): self.keep(loop, f"{loop.phase.name}, epoch {loop.epoch}")
+
+    def after_phase(self, loop):
+        if not loop.phase.epochs: self.keep(loop, loop.phase.name)
 
 
 def train_again(
