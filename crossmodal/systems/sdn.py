@@ -552,10 +552,11 @@ class Sdn(System):
         return [Distil(self, stage, count, train, val) for stage, count in zip(stages, epochs if len(stages) == 2 else (sum(epochs),))]
 
     def standardize(self, codes: Float[Tensor, "n d"], learn: bool = False) -> Float[Tensor, "n d"]:
-        "Codes at mean 0 and deviation 1 of the training captions."
+        "Codes at mean 0 and deviation 1 of the training captions: of each coordinate, or of all together where a small one is one that captions say little of."
         if learn:
             self.middle.copy_(codes.mean(0))
-            self.spread.copy_(codes.std(0).clamp(min=1e-6))
+            spread = codes.std(0).clamp(min=1e-6)
+            self.spread.copy_(spread.square().mean().sqrt() if self.config.text == "pairs" else spread)
         return (codes.to(self.middle.device) - self.middle) / self.spread
 
     @torch.no_grad()
