@@ -5,12 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 
 from crossmodal.data.text import END
 from crossmodal.losses.ranking import described
 from crossmodal.metrics.captions import CiderD
 from crossmodal.metrics.retrieval import retrieval_ranks
 from crossmodal.systems import experiments, gxn
+from crossmodal.systems.base import pictures_of
 from crossmodal.systems.experiments import evaluate, load, resume, train
 from crossmodal.systems.gxn import GXN_PRESETS, Gxn, GxnConfig, rank_codes, split_codes
 from crossmodal.training.config import apply_preset
@@ -92,6 +94,54 @@ def test_words_and_pairs_begin_at_a_regression_once_and_are_handed_on(tmp_path):
     assert first.matcher.pairs.terms.equal(begun.matcher.pairs.terms) and second.matcher.pairs.terms.equal(begun.matcher.pairs.terms)
     drift = [(system.matcher.words.weight - begun.matcher.words.weight).detach().abs().mean() for system in (first, second, Gxn(first.config, vocabulary))]
     assert 0 < drift[0] < drift[2] / 3 and 0 < drift[1] < drift[2] / 3                                       # learned on from there
+
+
+DRAFT = {"model": "t2i", "draft": True, "guidance": 2.}
+
+
+@pytest.fixture(scope="module")
+def drafted(tmp_path_factory):
+    return train("gxn", preset="smoke", out=tmp_path_factory.mktemp("drafted") / "run", changes=DRAFT, quiet=True)
+
+
+def test_a_draft_is_a_regression_from_the_codes_it_began_with_and_rests(drafted):
+    ground, system = load(drafted.folder.parent / drafted.record["stands_on"][0]), load(drafted.folder)
+    train_split = Gxn.open_data(system.config, "birds", "train")
+    with torch.no_grad(): codes = ground.matcher.texts(train_split.captions.long(), train_split.lengths, "low")
+    pictures = pictures_of(train_split, range(len(train_split.counts)))[train_split.picture_of].flatten(1)
+    expected = Ridge(alpha=1.).fit(codes.double(), pictures.double()).predict(codes.double())
+    assert np.abs(system.painter.draft(codes).detach().numpy() - expected).max() < 1e-3
+    assert torch.allclose(system.painter.middle, codes.mean(0), atol=1e-5)
+
+
+def test_guidance_goes_further_from_the_mean_in_drawings_and_not_in_training(drafted):
+    system = load(drafted.folder)
+    plain = Gxn(replace(system.config, guidance=1.), system.vocabulary).eval()
+    plain.load_state_dict(system.state_dict())
+    codes = torch.nn.functional.normalize(torch.randn(5, system.config.joint), dim=1)
+    def paint(painter, mean_only):
+        torch.manual_seed(0)
+        with torch.no_grad(): return painter(codes, mean_only)[0]
+    assert paint(system.painter, False).equal(paint(plain.painter, False))
+    with torch.no_grad(): further = system.painter.draft(codes - system.painter.middle) - system.painter.draft.bias
+    inside = lambda images: images.abs() < 1                    # what neither has cut off
+    louder, quiet = paint(system.painter, True).flatten(1), paint(plain.painter, True).flatten(1)
+    both = inside(louder) & inside(quiet)
+    assert both.float().mean() > .5 and torch.allclose((louder - quiet)[both], further[both], atol=1e-4)
+
+
+def test_a_painter_with_a_draft_that_was_stopped_goes_on_to_the_same_end(drafted, tmp_path, monkeypatch):
+    after_step, steps = StopOnSignal.after_step, []
+
+    def stop(self, loop):
+        steps.append(loop.phase.name)
+        self.asked = self.asked or steps.count("painter alone") == 2
+        after_step(self, loop)
+    monkeypatch.setattr(StopOnSignal, "after_step", stop)
+    with pytest.raises(Interrupted): train("gxn", preset="smoke", out=tmp_path / "run", changes=DRAFT, quiet=True)
+    monkeypatch.setattr(StopOnSignal, "after_step", after_step)
+    ours, theirs = load(resume(tmp_path / "run", quiet=True).folder).state_dict(), load(drafted.folder).state_dict()
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("similarity", ["order", "cosine"])

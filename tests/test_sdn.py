@@ -21,6 +21,7 @@ from crossmodal.systems.sdn import SDN_PRESETS, Distil, Model, Sdn, SdnConfig, c
 from crossmodal.training.config import apply_preset
 from crossmodal.training.loop import Interrupted, Loop, StopOnSignal
 from crossmodal.training.runs import Run, RunError, open_run
+from crossmodal.workbook.plots import Gallery, Things, codes_by_epoch
 from crossmodal.workbook.tables import answer, build_table, sdn_table1, sdn_table3
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -274,6 +275,14 @@ def codes_file(folder, **changes) -> str:
     tensors = {split: torch.randn(changes.get(split, (count, SMOKE.width))) for split, count in counts.items() if changes.get(split, True)}
     save_file(tensors, folder / "codes.safetensors")
     return str(folder / "codes.safetensors")
+
+
+def test_a_reader_without_epochs_is_shown_before_and_after(tmp_path):
+    run = train("sdn", preset="smoke", out=tmp_path / "reader", changes={"model": "text", "text": "pairs"}, quiet=True)
+    things = Things(Gallery(Sdn.open_data(SMOKE, "birds", "test"), 20), range(4), range(3))
+    shown = codes_by_epoch(run.folder, things)
+    assert list(shown) == ["before training", "read"]
+    assert torch.allclose(shown["read"], things.codes(load(run.folder)), atol=1e-5) and not torch.allclose(*shown.values(), atol=.1)
 
 
 def test_codes_can_be_any_systems(table, tmp_path):

@@ -239,7 +239,7 @@ def find_folder(name_or_folder: str | Path) -> Path:
 
 def open_collection(
     name_or_folder: str | Path,             # a name in `DATASETS`, or a folder
-    **options,                              # for birds: `side`, `per_species`, `seed`, `facing`; for digits and mnist: `per_number`, `seed`
+    **options,                              # for birds: `side`, `per_species`, `seed`, `plates`; for digits and mnist: `per_number`, `seed`
 ) -> Collection:
     "Read what a dataset says of itself, faults included. A folder that has none of the known layouts says which those are."
     if str(name_or_folder) == "birds": return drawn_birds(**options)
@@ -301,7 +301,7 @@ def open_dataset(
         if "transform" not in options: return DoubleDigits(name, split, **options)
         return CollectionSplit(open_collection(name, seed=options.get("seed", 0)), split, **options)
     if name == "birds":
-        of_birds, options = {key: options.pop(key) for key in ("per_species", "seed", "facing") if key in options}, {"transform": BIRDS} | options
+        of_birds, options = {key: options.pop(key) for key in ("per_species", "seed", "plates") if key in options}, {"transform": BIRDS} | options
         return CollectionSplit(open_collection(name, side=options["transform"].base, **of_birds), split, **options)
     folder = find_folder(name)
     if not any(fits(folder) for fits, _ in READERS) and is_mnist(folder):

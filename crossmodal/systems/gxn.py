@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Eye', 'Model', 'STANDS_ON', 'ONE_BRANCH', 'FROZEN', 'WRITES', 'DRAWS', 'LITE', 'GXN_PRESETS', 'BRANCHES', 'GxnConfig',
            'WholeBackbone', 'backbone_of', 'seen_by_end', 'Matcher', 'schedule', 'Painter', 'Judge', 'judge_loss',
-           'painter_loss', 'GxnPhase', 'Gxn', 'vector_table', 'split_codes', 'rank_codes', 'split_ranks',
+           'painter_loss', 'Draft', 'GxnPhase', 'Gxn', 'vector_table', 'split_codes', 'rank_codes', 'split_ranks',
            'describe_split', 'retrieval_scores', 'folded_scores', 'retrieved_scores', 'scores_by_place',
            'imagined_scores']
 
@@ -35,7 +35,7 @@ from ..models.backbones import BACKBONES, Backbone, BackboneEnd, backbone_featur
 from ..models.blocks import initialize
 from ..models.captioners import GruCaptioner, choosable
 from ..models.discriminators import PairDiscriminator
-from ..models.mappings import whiten
+from ..models.mappings import regress, whiten
 from ..models.stackgan import ConditioningAugmentation, StackGenerator
 from ..models.text_encoders import GruEncoder, PairEncoder
 from .base import Score, System, caption_figures, drawn_scores, pictures_of, recall_scores, written_scores
@@ -57,9 +57,8 @@ class GxnConfig(Config):
     "The paper's system, and the smaller ones of its Table 1."
     model: Model = "i2t+t2i"
     side: Count = 64                        # of drawn pictures, in pixels (section 4.1)
-    box: bool = False                       # cut pictures to their boxes, where they have some
     per_species: Count = 100                # of drawn birds only, as is the next
-    facing: Literal["", "left", "right"] = ""       # where they look, and no mirror images; empty: each its own way, see `look`
+    plates: bool = False                    # of one build, size and pose, in one place, facing right (data/15_bird_collection); and no mirror images
     backbone: Eye = "resnet152"
     first_backbone: Eye = "vgg19"           # of gru and gru-bi (section 4.2)
     backbone_side: Count = 224              # pixels that it sees
@@ -97,9 +96,11 @@ class GxnConfig(Config):
     gamma_last: Share = .95
     shown: Literal["input", "state"] = "input"      # how the writer is shown v_l: as its first input, or as its state before the first word
     memory: Weight = 0.                     # the offsets of all GRUs' update gates, readers' and writer's, begin between 0 and this (models/17_recurrent)
-    pairs: bool = False                     # vectors of pairs of neighbours join W_e's; all begin where a regression from captions to pictures has them
+    pairs: bool = False                     # vectors of pairs of neighbours join W_e's; all begin where a regression has them, whose sum goes past the GRUs
     longest: Count = 30                     # words of a written caption
     beams: Count = 5                        # the paper does not say how it decodes
+    draft: bool = False                     # the painter adds to what a regression from codes expects of a picture; see `Draft`
+    guidance: Weight = 1.                   # how often a sentence's difference from the mean of all is drawn in the draft
     condition: Count = 128                  # of t_c
     noise: Count = 100                      # of z
     generator_width: Count = 64
@@ -129,8 +130,7 @@ GXN_PRESETS = {
               "generator_width": Changed(4, "likewise"), "discriminator_width": Changed(4, "likewise"), "picture_beta": Changed(.5, "as in quick"),
               "judge": Changed("efficientnet_lite0", LITE), "judged": Changed(12, "a test must end in seconds")},
     "quick": {"per_species": Changed(30, "two cores, minutes"), "side": Changed(32, "likewise"),
-              "facing": Changed("right", "no caption says where the bird looks, and parts that may be on either side are harder to read"),
-              "box": Changed(True, "likewise: a part is then nearly always in the same field"),
+              "plates": Changed(True, "no caption says where the bird stands and looks; a part is then always in the same field, for who reads and who draws"),
               "backbone": Changed("efficientnet_lite0_middle_colours", LITE + "; it still knows which colours are where (models/03_backbones)"),
               "first_backbone": Changed("efficientnet_lite0_middle_colours", "likewise"), "backbone_side": Changed(64, "faster, and drawn birds are simple"),
               "tuned": Changed("last", "two cores, minutes"), "tuned_on": Changed(False, "likewise: the encoder looks at each picture once more, then rests"),
@@ -148,14 +148,16 @@ GXN_PRESETS = {
               "shown": Changed("state", "in few steps it does not learn to carry its first input to the end of the sentence"),
               "memory": Changed(8., "likewise, nor a sentence's first words: else half of a state is gone after a word"),
               "pairs": Changed(True, "likewise, nor whose a colour is: it would know the words of a caption, and which of them stand together is lost"),
-              "draw_epochs": Changed(4, "two cores, minutes"),
+              "draft": Changed(True, "in few steps the network alone learns its pictures by heart and not what a sentence states"),
+              "guidance": Changed(1.5, "a mean of all that a sentence leaves open is pale"),
+              "draw_epochs": Changed(2, "two cores, minutes"),
               "picture_epochs": Changed(1, "two cores, minutes"), "joint_epochs": Changed(2, "likewise; the second at smaller rates"),
               "beams": Changed(3, "likewise"),
               "noise": Changed(8, "little is left to chance when the caption says most"), "generator_width": Changed(8, "two cores, minutes"),
               "discriminator_width": Changed(8, "likewise"), "picture_rate": Changed(1e-3, "few steps, so larger ones"),
               "picture_beta": Changed(.5, "Reed et al.'s: what the two want soon changes"),
               "saturating": Changed(False, "few steps: the printed loss hardly moves a generator that is still bad"),
-              "pixel_weight": Changed(500., "the adversarial loss alone needs hundreds of epochs before there is a bird"),
+              "pixel_weight": Changed(2000., "the adversarial loss alone needs hundreds of epochs before there is a bird, and leaves grain on the draft"),
               "kl_weight": Changed(.02, "at 2 the condition forgets its sentence within so few steps"),
               "judge": Changed("efficientnet_lite0", LITE), "judged": Changed(200, "two cores, minutes")},
     "reduced": {"backbone": Changed("efficientnet_lite0", LITE), "first_backbone": Changed("efficientnet_lite0", LITE),
@@ -204,9 +206,9 @@ def seen_by_end(
     "What goes into the part of the encoder that may learn: vectors of a frozen backbone, maps of its front, or pictures."
     positions, learns = dataset.positions[rows], config.model not in FROZEN
     if not learns or config.tuned == "last":
-        kept = backbone_features(dataset.collection, backbone_of(config), config.backbone_side, config.box, learns, device, mirrored=not config.facing)
+        kept = backbone_features(dataset.collection, backbone_of(config), config.backbone_side, front=learns, device=device, mirrored=not config.plates)
         return kept.read(positions, "regions" if learns else "vector", views).to(device)
-    transform = Transform((config.backbone_side,), box=config.box, margin=1)
+    transform = Transform((config.backbone_side,), margin=1)
     images = present(cached_pictures(dataset.collection, transform).read(positions), transform).to(device)
     mirrored = torch.as_tensor(np.broadcast_to(views, len(rows)) == 1, device=device)
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)
@@ -228,6 +230,7 @@ class Matcher(nn.Module):
         self.see = nn.ModuleDict({branch: nn.Linear(width, config.joint) for branch in branches})      # P_v
         both = {"high": config.model != "gru", "low": False}
         self.read = nn.ModuleDict({branch: GruEncoder(config.word, config.hidden, config.joint, both[branch], config.memory) for branch in branches})
+        if config.pairs: self.sums = nn.ModuleDict({branch: nn.Linear(config.word, config.joint, bias=False) for branch in branches})
 
     def place(self, codes: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         "On the unit sphere; in its non-negative corner if codes are ordered."
@@ -239,8 +242,10 @@ class Matcher(nn.Module):
 
     def texts(self, captions: Int[Tensor, "b t"], lengths: Int[Tensor, "b"], branch: str) -> Float[Tensor, "b d"]:
         "$t_k$ of eq. 1."
-        words = self.words(captions) + self.pairs.ending(captions) if self.config.pairs else self.words(captions)
-        return self.place(self.read[branch](F.dropout(words, self.config.dropout, self.training), lengths))
+        read = lambda words: self.read[branch](F.dropout(words, self.config.dropout, self.training), lengths)
+        if not self.config.pairs: return self.place(read(self.words(captions)))
+        words = (self.words(captions) + self.pairs.ending(captions)) * (captions != PAD)[:, :, None]
+        return self.place(read(words) + self.sums[branch](words.sum(1)))
 
     @torch.no_grad()
     def begin_words(self, captions: Int[Tensor, "n t"], expected: Float[Tensor, "n w"]):
@@ -284,6 +289,10 @@ class Painter(nn.Module):
         self.noise = config.noise
         self.augmentation = ConditioningAugmentation(config.joint, config.condition)        # phi, mu and sigma
         self.generator = initialize(StackGenerator(config.condition, config.noise, config.generator_width, (config.side,)))
+        if config.draft:
+            self.guidance = config.guidance
+            self.draft = nn.Linear(config.joint, 3 * config.side ** 2).requires_grad_(False)        # it rests, once it is solved for
+            self.register_buffer("middle", torch.zeros(config.joint))
 
     def forward(self,
         texts: Float[Tensor, "b d"],            # of unit length
@@ -293,6 +302,9 @@ class Painter(nn.Module):
         mean, log_variance = self.augmentation(texts * texts.shape[1] ** .5)                # mean square 1, as the layer expects
         condition = mean if mean_only else self.augmentation.sample(mean, log_variance)
         images = self.generator(condition, torch.randn(len(texts), self.noise, device=texts.device))[0]
+        if hasattr(self, "draft"):
+            texts = self.middle + self.guidance * (texts - self.middle) if mean_only else texts
+            images = (images + self.draft(texts).view_as(images)).clamp(-1, 1)
         return images, kl_to_standard_normal(mean, log_variance)
 
 
@@ -334,6 +346,23 @@ def painter_loss(
              "error": F.mse_loss(drawn, real)}
     return {"loss": terms["adversarial"] + config.kl_weight * terms["divergence"] + config.pixel_weight * terms["error"]} | terms
 
+# %% ../../nbs/systems/03_gxn.ipynb #3513ecf1
+class Draft(Phase):
+    "The painter's draft in closed form: what a regression expects of the picture of a code."
+    name, epochs, batch_size = "draft", 0, 1
+
+    def __init__(self, system: "Gxn", train: CollectionSplit): self.system, self.train = system, train
+
+    @torch.no_grad()
+    def begin(self):
+        matcher, painter, device = self.system.matcher.eval(), self.system.painter, self.system.matcher.words.weight.device
+        codes = torch.cat([matcher.texts(captions.long().to(device), lengths, "low")
+                           for captions, lengths in zip(self.train.captions.split(512), self.train.lengths.split(512))])
+        pictures = pictures_of(self.train, range(len(self.train.counts))).flatten(1).to(device)
+        regress(painter.draft, codes, pictures[torch.from_numpy(self.train.picture_of).to(device)])
+        painter.middle.copy_(codes.mean(0))
+        return self.train
+
 # %% ../../nbs/systems/03_gxn.ipynb #c1bab943
 class GxnPhase(Phase):
     "Algorithm 1, or the part of it that a model needs."
@@ -344,7 +373,7 @@ class GxnPhase(Phase):
         self.writes, self.draws, self.rewarded, self.matches, self.tunes = writes, draws, rewarded, matches, tunes
         self.sees = matches or writes           # who draws only needs no vectors
         self.batch_size = self.config.batch if matches else self.config.draw_batch
-        self.views = (0,) if self.config.facing else (0, 1)
+        self.views = (0,) if self.config.plates else (0, 1)
 
     def begin(self):
         system = self.system
@@ -353,7 +382,8 @@ class GxnPhase(Phase):
         if self.writes:
             self.optimizers += (self.adam_of(system.matcher.see["low"], ends=self.tunes, writer=True),)
         if self.draws:
-            text = [system.matcher.words, *([system.matcher.pairs] if self.config.pairs else []), system.matcher.read["low"]] if self.matches else []
+            matcher = system.matcher
+            text = [matcher.words, matcher.read["low"], *([matcher.pairs, matcher.sums["low"]] if self.config.pairs else [])] if self.matches else []
             self.optimizers += (self.adam(system.judge, self.config.picture_rate, (self.config.picture_beta, .999)), self.adam_of(*text, painter=True))
         if self.rewarded: self.reward = CiderD(self.train.texts, self.train.vocabulary, end=True)
         return self.train
@@ -486,14 +516,14 @@ class Gxn(System):
 
     @classmethod
     def open_data(cls, config, data, split, vocabulary=None):
-        options = {"per_species": config.per_species, "facing": config.facing} if data == "birds" else {}
-        transform = Transform((config.side,), box=config.box, margin=1., flip=not config.facing)
+        options = {"per_species": config.per_species, "plates": config.plates} if data == "birds" else {}
+        transform = Transform((config.side,), margin=1., flip=not config.plates)
         return open_dataset(data, split, transform=transform, items="captions", vocabulary=vocabulary,
                             words_from=("train",), at_least=config.rare, specials=SPECIALS, seed=config.seed, **options)
 
     def prepare(self, train):
         if not self.config.pairs or self.config.model not in FROZEN: return
-        vectors = vector_table(self, train, (0,) if self.config.facing else (0, 1))
+        vectors = vector_table(self, train, (0,) if self.config.plates else (0, 1))
         axes = nn.Sequential(nn.BatchNorm1d(vectors.shape[2], affine=False), nn.Linear(vectors.shape[2], self.config.word))
         whiten(axes, vectors.flatten(0, 1))
         expected = axes(vectors.flatten(0, 1)).unflatten(0, vectors.shape[:2]).mean(1)
@@ -522,8 +552,9 @@ class Gxn(System):
         if model == "i2t-xe": return [make("captions", config.caption_epochs, writes=True, tunes=tunes)]
         if model == "i2t-mix": return [make("rewards", config.reward_epochs, writes=True, rewarded=True, tunes=tunes)]
         alone = [make("painter alone", config.draw_epochs, draws=True, matches=False)] if config.draw_epochs else []
-        if model == "t2i": return [*alone, make("pictures", config.picture_epochs, draws=True, tunes=tunes)]
-        return [make("all together", config.joint_epochs, writes=True, rewarded=True, draws=True, tunes=tunes)]
+        draft = [Draft(self, train)] if config.draft else []
+        if model == "t2i": return [*draft, *alone, make("pictures", config.picture_epochs, draws=True, tunes=tunes)]
+        return [*draft, make("all together", config.joint_epochs, writes=True, rewarded=True, draws=True, tunes=tunes)]
 
     def similarity(self, images: Float[Tensor, "n d"], texts: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
         "Eq. 3's score of every picture with every sentence, from their codes; no gradient."

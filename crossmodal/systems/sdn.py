@@ -57,12 +57,13 @@ class SdnConfig(Config):
     model: Model = "sdn"
     side: Count = 224                       # pixels of the drawn picture
     per_species: Count = 100                # of drawn birds only
-    facing: Literal["", "left", "right"] = ""        # where drawn birds look, and no mirror images for the reader; empty: each its own way
+    plates: bool = False                    # these of one build, size and pose, in one place, facing right; and no mirror images for the reader
     teacher: Literal["vgg19", "vgg8", "vgg7", "vgg4"] = "vgg19"     # vgg19 knows ImageNet; the others learn the classes of the data first
     calibrated: bool = False                # each layer weighs alike, all together as much as the picture (after Chen and Koltun); the paper adds up
     normalize: bool = False                 # batch normalisation in the student
     resize: Literal["nearest", "bilinear"] = "nearest"     # how the student doubles its maps
     leak: Share = 0.                        # share of a negative number that its layers let through; 0: ReLU
+    guidance: Weight = 1.                   # how often a sentence's difference from the mean of all is drawn; training is not touched by it
     hidden: Count = 4096                    # numbers between the student's dense layers
     pictures: Count = 4                     # n of section 3.4, of the model `diverse`; the paper does not say
     first_epochs: Count = 10                # of captions, ten a picture: the paper's 100 epochs of pictures; Stage I
@@ -127,10 +128,11 @@ SDN_PRESETS = {
               "gan_batch": Changed(60, "likewise"), "kl_weight": Changed(1., "few steps"),
               "judge": Changed("efficientnet_lite0", LITE), "judged": Changed(12, "a test must end in seconds")},
     "quick": {"side": Changed(32, "two cores, minutes"),
-              "facing": Changed("right", "no sentence says where the bird looks, and a regression would draw both sides on top of each other"),
+              "plates": Changed(True, "no sentence says where the bird stands and looks, and a regression draws all that may be on top of each other"),
               "teacher": Changed("vgg7", "two cores; ImageNet's VGG19 is a download"),
               "calibrated": Changed(True, "all layers together weigh as much as the picture"),
               "leak": Changed(.8, "with few captions a ReLU network does not add up what they state (told below)"),
+              "guidance": Changed(2., "a mean of all that a sentence leaves open is pale (told below)"),
               "hidden": Changed(256, "two cores"), "first_epochs": Changed(2, "two cores, minutes"), "second_epochs": Changed(2, "likewise"),
               "batch": Changed(32, "faster at small pictures"), "rate": Changed(1e-3, "few steps, so larger ones"),
               "falling": Changed(True, "few steps"), "text": Changed("pairs", "in few steps the others learn which colours there are, not whose (told below)"),
@@ -207,7 +209,7 @@ class Embed(Phase):
 
     def losses(self, batch):
         batch, system = at_least_two(batch, self.train), self.system
-        views = 0 if self.config.facing else torch.randint(2, (len(batch),)).numpy()        # where all face one way, so do those that sentences must meet
+        views = 0 if self.config.plates else torch.randint(2, (len(batch),)).numpy()        # where all face one way, so do those that sentences must meet
         vectors = seen(system, self.train, self.train.picture_of[batch.ids.cpu().numpy()], views)
         said = self.said[batch.ids.cpu()].to(batch.ids.device)
         everyone = self.group.everyone
@@ -224,7 +226,7 @@ def sentences_of(split: CollectionSplit) -> list[str]:
 def seen(system: "Sdn", split: CollectionSplit, rows, views=0) -> Float[Tensor, "b w"]:
     "What the picture network that rests says of pictures of a split."
     config, device = system.config, next(system.see.parameters()).device
-    kept = backbone_features(split.collection, config.text_backbone, config.text_side, device=device, mirrored=not config.facing)
+    kept = backbone_features(split.collection, config.text_backbone, config.text_side, device=device, mirrored=not config.plates)
     return kept.read(split.positions[rows], "vector", views).to(device)
 
 # %% ../../nbs/systems/05_sdn.ipynb #122428f0
@@ -236,7 +238,7 @@ class Expect(Phase):
 
     def begin(self):
         system, rows = self.system, torch.arange(len(self.train.counts)).numpy()
-        views = [seen(system, self.train, rows, view) for view in ((0,) if system.config.facing else (0, 1))]
+        views = [seen(system, self.train, rows, view) for view in ((0,) if system.config.plates else (0, 1))]
         whiten(system.see, torch.cat(views))
         expected = torch.stack([system.see(vectors) for vectors in views]).mean(0)
         system.reader.sentence.fit(number(system.config, system.vocabulary, sentences_of(self.train)), expected[self.train.picture_of])
@@ -509,7 +511,7 @@ class Sdn(System):
 
     @classmethod
     def open_data(cls, config, data, split, vocabulary=None):
-        options = {"per_species": config.per_species, "facing": config.facing} if data == "birds" else {}
+        options = {"per_species": config.per_species, "plates": config.plates} if data == "birds" else {}
         return open_dataset(data, split, transform=Transform((config.side,), squash=True, flip=False), items="captions", augment=False, vocabulary=vocabulary,
                             words_from=("train",), seed=config.seed, **options)
 
@@ -564,7 +566,7 @@ class Sdn(System):
         "All pictures of each code, as `embed_texts` gives them."
         if self.config.model in PREPARE:
             raise ValueError(f"the model {self.config.model!r} does not draw: train one of {', '.join((*STAGES, 'gan-int-cls', 'stackgan'))}.")
-        codes = self.standardize(codes)
+        codes = self.config.guidance * self.standardize(codes)
         return torch.cat([self.student(part)[0] if self.config.model in STAGES else self.painter(part)[-1][:, None] for part in codes.split(64)])
 
     def first_codes(self, split: CollectionSplit, rows: Sequence[int]) -> Float[Tensor, "b d"]:

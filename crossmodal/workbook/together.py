@@ -32,7 +32,7 @@ from .plots import Gallery, embed_pictures, embed_sentences
 
 # %% ../../nbs/workbook/14_together.ipynb #56535aab
 SAME = {                                    # by dataset: what is overruled in a configuration, if it has it
-    "birds": {"per_species": 40, "facing": "", "seed": 0}, "digits": {"per_number": 10}, "mnist": {"per_number": 10},
+    "birds": {"per_species": 40, "plates": False, "seed": 0}, "digits": {"per_number": 10}, "mnist": {"per_number": 10},
 }
 MOST = 400                                  # pictures
 
