@@ -52,19 +52,22 @@ def test_grounds_are_trained_once(chain, monkeypatch):
     assert trained == ["longer"]
 
 
-def test_a_chain_that_was_stopped_goes_on_to_the_same_end(chain, tmp_path, monkeypatch):
-    "Stopped in the second of its grounds; the command that is offered finishes everything."
-    after_step, steps = StopOnSignal.after_step, []
+def stopped_and_resumed(monkeypatch, phase, out, changes):
+    "A training that is stopped after the second step of a phase; the command that is offered finishes everything."
+    steps = []
 
-    def stop(self, loop):
+    def stop(self, loop, after_step=StopOnSignal.after_step):
         steps.append(loop.phase.name)
-        self.asked = self.asked or steps.count("fine-tune") == 2
+        self.asked = self.asked or steps.count(phase) == 2
         after_step(self, loop)
-    monkeypatch.setattr(StopOnSignal, "after_step", stop)
-    with pytest.raises(Interrupted): train("gxn", preset="smoke", out=tmp_path / "whole", quiet=True)
-    monkeypatch.setattr(StopOnSignal, "after_step", after_step)
-    again = resume(tmp_path / "whole", quiet=True)
-    ours, theirs = (load(run.folder).state_dict() for run in (again, chain))
+    with monkeypatch.context() as patch:
+        patch.setattr(StopOnSignal, "after_step", stop)
+        with pytest.raises(Interrupted): train("gxn", preset="smoke", out=out, changes=changes, quiet=True)
+    return load(resume(out, quiet=True).folder).state_dict()
+
+
+def test_a_chain_that_was_stopped_in_its_second_ground_goes_on_to_the_same_end(chain, tmp_path, monkeypatch):
+    ours, theirs = stopped_and_resumed(monkeypatch, "fine-tune", tmp_path / "whole", {}), load(chain.folder).state_dict()
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
@@ -131,16 +134,7 @@ def test_guidance_goes_further_from_the_mean_in_drawings_and_not_in_training(dra
 
 
 def test_a_painter_with_a_draft_that_was_stopped_goes_on_to_the_same_end(drafted, tmp_path, monkeypatch):
-    after_step, steps = StopOnSignal.after_step, []
-
-    def stop(self, loop):
-        steps.append(loop.phase.name)
-        self.asked = self.asked or steps.count("painter alone") == 2
-        after_step(self, loop)
-    monkeypatch.setattr(StopOnSignal, "after_step", stop)
-    with pytest.raises(Interrupted): train("gxn", preset="smoke", out=tmp_path / "run", changes=DRAFT, quiet=True)
-    monkeypatch.setattr(StopOnSignal, "after_step", after_step)
-    ours, theirs = load(resume(tmp_path / "run", quiet=True).folder).state_dict(), load(drafted.folder).state_dict()
+    ours, theirs = stopped_and_resumed(monkeypatch, "painter alone", tmp_path / "run", DRAFT), load(drafted.folder).state_dict()
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
