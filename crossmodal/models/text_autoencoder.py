@@ -81,7 +81,9 @@ class TextAutoencoder(nn.Module):
         pads_count: bool = False,
     ) -> Float[Tensor, ""]:                     # nats a word
         "Cross-entropy of each caption, written again from its code (paper 000, section 4)."
-        logits = self.decode(self.encode(captions, lengths, pads_count), captions.shape[1] - 1, captions, forcing)
+        codes = self.encode(captions, lengths, pads_count)
+        with torch.autocast(codes.device.type, enabled=False):               # not every processor has an LSTM in half precision, and this one is small
+            logits = self.decode(codes.float(), captions.shape[1] - 1, captions, forcing)
         return F.cross_entropy(logits.flatten(0, 1), captions[:, 1:].flatten(), ignore_index=PAD)
 
     def generate(self,
