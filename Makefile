@@ -58,7 +58,8 @@ $(UV):
 pip-says = $$(.venv/bin/pip config list | sed -nE "s/^(:env:|global|install)\.$(1)='(.*)'/\2/p" | sed -n '1{s/\\n/ /g;p;}')
 
 # .unfinished is there while packages are being written. If it is found, the last time was cut short and any package
-# may be half there: all are written again (from uv's cache, so this takes seconds).
+# may be half there: all are written again (from uv's cache, so this takes seconds). Their bytecode is compiled at once:
+# else every process does it anew where Python may not write it, and importing torchvision takes twice as long.
 $(READY): requirements.lock settings.ini setup.py | $(UV)
 	@echo "Installing the packages of requirements.lock into .venv (the first time on Linux: 3.5 GB, most of it CUDA)"
 	@set -o pipefail; index="$(call pip-says,index-url)" more="$(call pip-says,extra-index-url)"; \
@@ -66,7 +67,7 @@ $(READY): requirements.lock settings.ini setup.py | $(UV)
 	[ -z "$$more" ] || export UV_INDEX="$${UV_INDEX:-$$(printf '%s\n' $$more | tac | xargs)}" UV_INDEX_STRATEGY=unsafe-best-match; \
 	again=; [ ! -e .venv/.unfinished ] || again=--reinstall; \
 	rm -f $@; touch .venv/.unfinished; \
-	$(UV) pip install --python .venv/bin/python $$again --requirements requirements.lock 2>&1 \
+	$(UV) pip install --python .venv/bin/python --compile-bytecode $$again --requirements requirements.lock 2>&1 \
 	    | grep --line-buffered -v '^ [-+~] '
 	@$(UV) pip install --python .venv/bin/python --quiet --no-deps --no-build-isolation --editable .
 	@mv .venv/.unfinished $@

@@ -69,10 +69,10 @@ def by_model(folder) -> dict[str, Run]:
     return {run.record["config"]["model"]: run for run in runs}
 
 
-def draw(system: Sdn) -> torch.Tensor:
+def draw(system: Sdn, codes: torch.Tensor | None = None) -> torch.Tensor:
     with torch.random.fork_rng():                           # what the GANs' noise costs
         torch.manual_seed(0)
-        return system.images_from_texts(TEXTS)
+        return system.images_from_embeddings(system.embed_texts(TEXTS) if codes is None else codes)
 
 
 def beside_grounds(runs: dict[str, Run], folder) -> Path:
@@ -194,6 +194,17 @@ def test_pixels_alone_need_no_teacher(monkeypatch):
     system, data = built("image", calibrated=True)
     assert begun(system, data).step(data[range(8)]).keys() == {"image"}
     with pytest.raises(pytest.fail.Exception, match="was built"): built("stage1")
+
+
+@pytest.mark.parametrize("model, shown", [("stage1", 3.), ("gan-int-cls", 1.), ("stackgan", 1.)])
+def test_guidance_is_the_students_alone(model, shown):
+    plain, data = built(model)
+    begun(plain, data)                                      # learns where the middle of the codes is
+    guided = built(model, guidance=3.)[0]
+    guided.load_state_dict(plain.state_dict())
+    embed = plain.embed_texts(TEXTS[:3])
+    drew = [draw(system.eval(), codes) for system, codes in ((guided, embed), (plain, plain.middle + shown * (embed - plain.middle)))]
+    assert torch.allclose(*drew, atol=1e-5)
 
 
 def test_codes_do_not_depend_on_dice():

@@ -96,8 +96,11 @@ def _bleu_counts(hypothesis: Sequence[str], references: Words) -> list[int]:
     length, correct = len(hypothesis), []
     for n in range(1, 5):
         grams = Counter(_grams(hypothesis, n))
-        known = [Counter(filter(grams.__contains__, _grams(words, n))) for words in references] if grams else []
-        correct.append(sum(min(times, max(counts[gram] for counts in known)) for gram, times in grams.items()))
+        known = {}                                              # the most times that any reference has each
+        for words in references:
+            for gram, times in Counter(filter(grams.__contains__, _grams(words, n))).items():
+                if times > known.get(gram, 0): known[gram] = times
+        correct.append(sum(min(times, known.get(gram, 0)) for gram, times in grams.items()))
     return [*correct, *(max(length - n, 0) for n in range(4)), length, min((abs(len(words) - length), len(words)) for words in references)[1]]
 
 

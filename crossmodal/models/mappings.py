@@ -59,8 +59,11 @@ def whiten(
         f"{len(vectors)} vectors of {vectors.shape[1]} numbers have at most {most} axes, {linear.out_features} are wanted: ask for fewer or give more.")
     for kept, found in ((normalize.running_mean, vectors.mean(0)), (normalize.running_var, vectors.var(0))): kept.copy_(found)
     standard = normalize(vectors).double()
-    variances, axes = torch.linalg.eigh(standard.T @ standard / len(vectors))           # in ascending order
-    linear.weight.copy_((axes / variances.clamp(min=1e-9).sqrt())[:, -linear.out_features:].T)
+    tall = len(standard) > standard.shape[1]                                            # one side's products tell the other's axes: take the shorter
+    variances, axes = torch.linalg.eigh((standard.T @ standard if tall else standard @ standard.T) / len(vectors))      # in ascending order
+    variances, axes = variances[-linear.out_features:].clamp(min=1e-9), axes[:, -linear.out_features:]
+    if not tall: axes = standard.T @ axes / (len(vectors) * variances).sqrt()
+    linear.weight.copy_((axes / variances.sqrt()).T)
     linear.bias.zero_()
 
 # %% ../../nbs/models/00_mappings.ipynb #be1b0807

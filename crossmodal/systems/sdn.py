@@ -63,7 +63,7 @@ class SdnConfig(Config):
     normalize: bool = False                 # batch normalisation in the student
     resize: Literal["nearest", "bilinear"] = "nearest"     # how the student doubles its maps
     leak: Share = 0.                        # share of a negative number that its layers let through; 0: ReLU
-    guidance: Weight = 1.                   # how often a sentence's difference from the mean of all is drawn; training is not touched by it
+    guidance: Weight = 1.                   # a sentence's code is drawn this many times as far from the mean of all; not in training, and not by the two GANs
     hidden: Count = 4096                    # numbers between the student's dense layers
     pictures: Count = 4                     # n of section 3.4, of the model `diverse`; the paper does not say
     first_epochs: Count = 10                # of captions, ten a picture: the paper's 100 epochs of pictures; Stage I
@@ -127,14 +127,14 @@ SDN_PRESETS = {
               "noise": Changed(4, "likewise"), "generator_width": Changed(4, "likewise"), "discriminator_width": Changed(4, "likewise"),
               "gan_batch": Changed(60, "likewise"), "kl_weight": Changed(1., "few steps"),
               "judge": Changed("efficientnet_lite0", LITE), "judged": Changed(12, "a test must end in seconds")},
-    "quick": {"side": Changed(32, "two cores, minutes"),
+    "quick": {"side": Changed(32, "two cores, minutes"), "per_species": Changed(80, "likewise"),
               "plates": Changed(True, "no sentence says where the bird stands and looks, and a regression draws all that may be on top of each other"),
               "teacher": Changed("vgg7", "two cores; ImageNet's VGG19 is a download"),
               "calibrated": Changed(True, "all layers together weigh as much as the picture"),
               "leak": Changed(.8, "with few captions a ReLU network does not add up what they state (told below)"),
               "guidance": Changed(2., "a mean of all that a sentence leaves open is pale (told below)"),
-              "hidden": Changed(256, "two cores"), "first_epochs": Changed(2, "two cores, minutes"), "second_epochs": Changed(2, "likewise"),
-              "batch": Changed(32, "faster at small pictures"), "rate": Changed(1e-3, "few steps, so larger ones"),
+              "hidden": Changed(256, "two cores"), "first_epochs": Changed(1, "two cores, minutes"), "second_epochs": Changed(1, "likewise"),
+              "batch": Changed(16, "more steps in nearly the same time"), "rate": Changed(2e-3, "few steps, so larger ones"),
               "falling": Changed(True, "few steps"), "text": Changed("pairs", "in few steps the others learn which colours there are, not whose (told below)"),
               "width": Changed(256, "two cores"),
               "text_backbone": Changed("efficientnet_lite0_colours", LITE + "; captions ask for colours, which lite0 alone forgets (models/03_backbones)"),
@@ -144,7 +144,7 @@ SDN_PRESETS = {
               "generator_width": Changed(12, "two cores"), "discriminator_width": Changed(8, "likewise"),
               "gan_rate": Changed(1e-3, "few steps"),
               "kl_weight": Changed(.02, "at 1 the condition forgets its sentence within so few steps"),
-              "judge": Changed("efficientnet_lite0", LITE), "judged": Changed(400, "two cores, minutes")},
+              "judge": Changed("efficientnet_lite0", LITE), "judged": Changed(200, "two cores, minutes")},
     "reduced": {"side": Changed(64, "minutes on a GPU, hours on a CPU"), "teacher": Changed("vgg8", "ImageNet's VGG19 is a download of half a gigabyte"),
                 "calibrated": Changed(True, "all layers together weigh as much as the picture"),
                 "normalize": Changed(True, "few steps"), "hidden": Changed(1024, "a smaller picture"),
@@ -566,8 +566,9 @@ class Sdn(System):
         "All pictures of each code, as `embed_texts` gives them."
         if self.config.model in PREPARE:
             raise ValueError(f"the model {self.config.model!r} does not draw: train one of {', '.join((*STAGES, 'gan-int-cls', 'stackgan'))}.")
-        codes = self.config.guidance * self.standardize(codes)
-        return torch.cat([self.student(part)[0] if self.config.model in STAGES else self.painter(part)[-1][:, None] for part in codes.split(64)])
+        parts = self.standardize(codes).split(64)
+        if self.config.model in STAGES: return torch.cat([self.student(self.config.guidance * part)[0] for part in parts])
+        return torch.cat([self.painter(part)[-1][:, None] for part in parts])
 
     def first_codes(self, split: CollectionSplit, rows: Sequence[int]) -> Float[Tensor, "b d"]:
         "The codes of the first captions of pictures of a split."
