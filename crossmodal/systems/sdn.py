@@ -134,7 +134,7 @@ SDN_PRESETS = {
               "leak": Changed(.8, "with few captions a ReLU network does not add up what they state (told below)"),
               "guidance": Changed(2., "a mean of all that a sentence leaves open is pale (told below)"),
               "hidden": Changed(256, "two cores"), "first_epochs": Changed(1, "two cores, minutes"), "second_epochs": Changed(1, "likewise"),
-              "batch": Changed(16, "more steps in nearly the same time"), "rate": Changed(2e-3, "few steps, so larger ones"),
+              "batch": Changed(16, "more steps in nearly the same time"), "rate": Changed(1e-3, "few steps, so larger ones"),
               "falling": Changed(True, "few steps"), "text": Changed("pairs", "in few steps the others learn which colours there are, not whose (told below)"),
               "width": Changed(256, "two cores"),
               "text_backbone": Changed("efficientnet_lite0_colours", LITE + "; captions ask for colours, which lite0 alone forgets (models/03_backbones)"),
