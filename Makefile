@@ -59,7 +59,7 @@ pip-says = $$(.venv/bin/pip config list | sed -nE "s/^(:env:|global|install)\.$(
 
 # .unfinished is there while packages are being written. If it is found, the last time was cut short and any package
 # may be half there: all are written again (from uv's cache, so this takes seconds). Their bytecode is compiled at once:
-# else every process does it anew where Python may not write it, and importing torchvision takes twice as long.
+# else every process does it anew where Python may not write it.
 $(READY): requirements.lock settings.ini setup.py | $(UV)
 	@echo "Installing the packages of requirements.lock into .venv (the first time on Linux: 3.5 GB, most of it CUDA)"
 	@set -o pipefail; index="$(call pip-says,index-url)" more="$(call pip-says,extra-index-url)"; \

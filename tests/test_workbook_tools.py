@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -148,10 +149,6 @@ def test_an_index_is_computed_once_and_again_for_other_weights(runs, galleries, 
 
 @pytest.mark.parametrize("name", ["gxn", "laviter", "sdn", "embedmap"])
 def test_codes_of_a_training_that_is_done_again_end_where_it_ended(runs, galleries, name, monkeypatch, tmp_path):
-    def entry(name, key, build):                        # a cache of its own for the codes; features come from where the run had them
-        if not (place := tmp_path / name).exists(): place.mkdir(); build(place)
-        return place
-    monkeypatch.setattr(plots, "entry", entry)
     things = Things(galleries[name], range(6), range(6))
     record = (runs[name].folder / "run.json").read_text()
     epochs = codes_by_epoch(runs[name].folder, things)
@@ -160,6 +157,9 @@ def test_codes_of_a_training_that_is_done_again_end_where_it_ended(runs, galleri
     assert (runs[name].folder / "run.json").read_text() == record                   # nothing was written to the run
     monkeypatch.setattr(plots, "train_again", lambda *_: pytest.fail("trained twice"))
     assert list(codes_by_epoch(runs[name].folder, things)) == list(epochs)
+    later = json.loads(record) | {"started": "2100-01-01T00:00:00+00:00"}          # of the same name, perhaps by other code: its codes are its own
+    (shutil.copytree(runs[name].folder, tmp_path / runs[name].name) / "run.json").write_text(json.dumps(later))
+    with pytest.raises(pytest.fail.Exception, match="trained twice"): codes_by_epoch(tmp_path / runs[name].name, things)
 
 
 # ---- what may stand in a page

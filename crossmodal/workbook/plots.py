@@ -570,7 +570,8 @@ def codes_by_epoch(
 ) -> dict[str, Float[Tensor, "n d"]]:       # by epoch
     "The points of things before a run's training and after each epoch of it. Trains once, then reads the cache."
     found = open_run(run)
-    key = {"run": found.name, "gallery": things.gallery.fingerprint, "pictures": list(map(int, things.pictures)), "sentences": list(map(int, things.sentences)),
+    key = {"run": found.name, "started": found.record["started"],               # a name tells a run's configuration, not the code it was trained by
+           "gallery": things.gallery.fingerprint, "pictures": list(map(int, things.pictures)), "sentences": list(map(int, things.sentences)),
            "words": list(things.words), "table": things.table}
     def build(folder: Path):
         from safetensors.torch import save_file
