@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from .batch import Batch, BatchDataset, Pictures
@@ -31,7 +31,7 @@ from .dice import uniforms
 from .digits import DoubleDigits, data_folder
 from .flowers import is_flowers, read_flowers
 from .folder import is_folder, read_folder
-from .images import BIRDS, SMALL, Transform, present
+from .images import BIRDS, SMALL, Transform, mirrored, present
 from .shards import StreamedPictures, check_room, is_shards, read_shards, shard_order
 from .text import Vocabulary
 
@@ -126,6 +126,12 @@ class CollectionSplit:
         "The pictures of these items."
         if self.pictures is None: return torch.empty(len(ids), 3, 0, 0)
         return self._present(self.pictures.read(self.positions[self.picture_of[ids]]), ids)
+
+    def mirrored(self,
+        ids: Int[np.ndarray, "b"],          # items
+    ) -> Bool[np.ndarray, "b"]:
+        "Whether these items' pictures come as mirror images in this epoch."
+        return mirrored(self.transform, (self.seed, self.epoch, ids)) if self.augment else np.zeros(len(ids), dtype=bool)
 
     def _present(self, pictures: list[np.ndarray], ids: Int[np.ndarray, "b"]) -> Pictures | tuple[Pictures, ...]:
         if pictures: return present(pictures, self.transform, (self.seed, self.epoch, ids) if self.augment else None)

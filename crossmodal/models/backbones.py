@@ -46,6 +46,7 @@ BACKBONES = {
     "vgg19": BackboneSpec("VGG19_Weights.IMAGENET1K_V1", ("classifier.4", "features.36"), 4096, front=512),   # fc7 and pool5
     "inception_v3": BackboneSpec("Inception_V3_Weights.IMAGENET1K_V1", ("flatten", "Mixed_6e.cat"), 2048, 299, SYMMETRIC, front=768),
     "efficientnet_lite0": BackboneSpec("", ("", ""), 1280, 224, SYMMETRIC, front=112),
+    "efficientnet_lite0_early": BackboneSpec("", ("", ""), 16 * 16 * 16, 224, SYMMETRIC, grid=16),   # after the first of its sixteen blocks
     "efficientnet_lite0_middle": BackboneSpec("", ("", ""), 6 * 6 * 80, 224, SYMMETRIC, grid=6),   # after half its blocks
     "efficientnet_lite0_middle_colours": BackboneSpec("", ("", ""), 6 * 6 * (80 + 64), 224, SYMMETRIC, grid=6, front=80 + 64),    # told below
     "efficientnet_lite0_colours": BackboneSpec("", ("", ""), 1280 + 3 * 3 * 64, 224, SYMMETRIC, front=112 + 64),     # told below
@@ -94,6 +95,7 @@ class Backbone(nn.Module):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         if front: self.network = _halves(name, trained)[0]
+        elif name == "efficientnet_lite0_early": self.network = _first_blocks(_lite0(trained), 1)
         elif name == "efficientnet_lite0_middle": self.network = _first_blocks(_lite0(trained), 8)
         elif name == "efficientnet_lite0_middle_colours": self.network = nn.Sequential(_BesideColours(_first_blocks(_lite0(trained), 8)), _Roots())
         elif name == "efficientnet_lite0_colours": self.network = _Joined(*_halves(name, trained))

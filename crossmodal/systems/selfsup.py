@@ -39,7 +39,7 @@ from ..metrics.captions import METRICS, caption_scores
 from ..models.backbones import BACKBONES, backbone_features, frozen_backbone
 from ..models.baseline_autoencoders import CompressiveAutoencoder, ComRecAutoencoder, ResNetAutoencoder, rebuilding_loss
 from ..models.blocks import initialize
-from ..models.mappings import Normalize, mlp
+from ..models.mappings import Normalize, mlp, regress, whiten
 from ..models.stackgan import ConditioningAugmentation, StackDiscriminator, StackGenerator
 from ..models.text_autoencoder import TextAutoencoder, initial_vectors
 from .base import Score, System, fidelity_scores, marks_score
@@ -56,7 +56,8 @@ class RebuildConfig(Config):
     margin: Rate = 76 / 64                  # room for the random crop: StackGAN's
     augment: bool = True                    # random crops and flips
     per_species: Count = 100                # of drawn birds only
-    backbone: Literal["resnet50", "resnet152", "vgg19", "efficientnet_lite0", "efficientnet_lite0_middle", "efficientnet_lite0_middle_colours"] = "resnet50"
+    backbone: Literal["resnet50", "resnet152", "vgg19", "efficientnet_lite0", "efficientnet_lite0_early", "efficientnet_lite0_middle",
+                      "efficientnet_lite0_middle_colours"] = "resnet50"
     backbone_side: Count = 224              # pixels that the backbone sees (section 4)
     code: Count = 1024                      # width of the image code (section 4)
     image_epochs: Count = 600               # section 4
@@ -76,9 +77,11 @@ class SelfSupConfig(RebuildConfig):
     discriminator_width: Count = 64
     kl_weight: Weight = 2.                  # of eq. 1, averaged over the coordinates: StackGAN-v2's
     bounded: bool = False                   # tanh after the encoder's last layer, as released; the paper has none
+    draft: bool = False                     # the tree adds to what a regression from the code expects of the picture; see `PictureAutoencoder.expect`
     wrong_pictures: bool = False            # also show discriminators another picture's condition, as released; eq. 2 has no such term
     colour_weight: Weight = 0.              # of the released code's colour loss (40 for birds, 50 for flowers); the paper has none
     pixel_weight: Weight = 0.               # of a squared error; the released code has one, commented out
+    flip_alone: bool = False                # the encoder sees a picture or its mirror image by a coin of its own, not the target's, as released
     image_clip: Weight = 5.                 # length of a gradient, as released; 0: none
     word_vectors: str = ""                  # a file in GloVe's format to begin with; empty: random vectors
     freeze_words: bool = False              # vectors of that file are not trained, as released; random ones always are
@@ -107,6 +110,10 @@ class SelfSupConfig(RebuildConfig):
     one_sided_weight: Weight = 0.           # of a term that eq. 5 does not have (16 as released): a generator without bounds can make it as small as it likes
     mapping: Literal["gan", "mmd"] = "gan"  # which of the two draws and describes; both are trained
 
+    def __post_init__(self):
+        if self.draft and self.image_code != "code":
+            raise ValueError(f"a draft is drawn from psi, and image_code={self.image_code} keeps the condition alone: leave draft or image_code out.")
+
 # %% ../../nbs/systems/01_selfsup.ipynb #9e92b9ae
 REBUILD_PRESETS = {
     "smoke": {"side": Changed(32, "a test must end in seconds"), "margin": Changed(1., "drawn birds fill their pictures"),
@@ -116,16 +123,15 @@ REBUILD_PRESETS = {
               "judged": Changed(20, "likewise")},
     "quick": {"side": Changed(32, "two cores, minutes; at 64 there is time for fewer steps, and colours come in specks"),
               "margin": Changed(1., "drawn birds fill their pictures: a crop would cost bills and feet"),
-              "augment": Changed(False, "with the encoder's picture flipped by another coin than the target's, no code can say where a bird looks"),
-              "per_species": Changed(80, "two cores, minutes"),
+              "per_species": Changed(60, "two cores, minutes"),
               "backbone": Changed("efficientnet_lite0_middle_colours", "no download; it still knows where parts are, and their colours"),
               "backbone_side": Changed(96, "faster, and drawn birds are simple"), "code": Changed(256, "few pictures, and small mappings"),
-              "image_epochs": Changed(24, "two cores, minutes"), "image_rate": Changed(5e-4, "few steps, so larger ones; at 1e-3 the tree collapses at times"),
+              "image_epochs": Changed(8, "two cores, minutes"), "image_rate": Changed(5e-4, "few steps, so larger ones; at 1e-3 the tree collapses at times"),
               "judge": Changed("efficientnet_lite0", "its weights need no download"), "judged": Changed(400, "two cores, minutes")},
     "reduced": {"side": Changed(64, "two cores"), "backbone": Changed("efficientnet_lite0_middle", "no download; it still knows where parts are"),
                 "backbone_side": Changed(128, "faster, for pictures of 64"), "code": Changed(256, "half an hour, not days"),
                 "image_epochs": Changed(60, "likewise"), "image_rate": Changed(5e-4, "few steps"),
-                "augment": Changed(False, "with independent flips no code can say where a bird looks; that costs more epochs than there are"),
+                "augment": Changed(False, "no code can say which crop of a box is drawn; that costs more epochs than there are"),
                 "judge": Changed("efficientnet_lite0", "its weights need no download")},
     "paper": {},
 }
@@ -138,11 +144,14 @@ SELFSUP_PRESETS = {
         "freeze_words": Changed(True, "where vectors are given: few captions would pull only their own words away")},
     "quick": REBUILD_PRESETS["quick"] | {
         "branches": Changed(2, "16 and 32 pixels"),
+        "backbone": Changed("efficientnet_lite0_early", "no download; later layers have forgotten small parts and their colours"),
+        "backbone_side": Changed(64, "faster; its first block looks at twice the pixels that are drawn"),
+        "draft": Changed(True, "in few steps the tree alone learns its pictures by heart"),
         "noise": Changed(8, "little is left to chance when the code says most"),
         "generator_width": Changed(16, "two cores, minutes"), "discriminator_width": Changed(8, "likewise"),
         "pixel_weight": Changed(1500., "the adversarial losses alone need hundreds of epochs before there is a bird"),
         "kl_weight": Changed(1., "little beside so large an error; without any, variances run away"),
-        "text_batch": Changed(64, "more updates in an epoch, each cheaper"), "text_epochs": Changed(4, "two cores, minutes"),
+        "text_batch": Changed(64, "more updates in an epoch, each cheaper"), "text_epochs": Changed(5, "two cores, minutes"),
         "text_rate": Changed(4e-3, "few steps, so larger ones"),
         "forcing": Changed(1., "one call instead of twenty, and several times fewer steps"),
         "freeze_words": Changed(True, "where vectors are given: few captions would pull only their own words away"),
@@ -227,6 +236,18 @@ class PictureAutoencoder(nn.Module):
         self.last = nn.Linear(BACKBONES[config.backbone].width, config.code)
         self.augmentation = ConditioningAugmentation(config.code, config.condition)
         self.generator = initialize(StackGenerator(config.condition, config.noise, config.generator_width, sizes))
+        if config.draft:
+            self.draft = nn.Linear(config.code, 3 * config.side ** 2)
+            for solved in (self.last, self.draft): solved.requires_grad_(False)                 # they rest, once they are solved for
+
+    @torch.no_grad()
+    def expect(self, features: Float[Tensor, "n f"], images: Float[Tensor, "n 3 h w"]):
+        "Solve for the last layer and the draft: from features to the principal axes of pictures, and from these to pictures."
+        pixels = images.flatten(1)
+        axes = nn.Sequential(nn.BatchNorm1d(pixels.shape[1], affine=False), nn.Linear(pixels.shape[1], self.config.code)).to(pixels.device)
+        whiten(axes, pixels)
+        regress(self.last, self.scale(features), axes(pixels), penalty=.1 * features.shape[1])
+        regress(self.draft, self.last(self.scale(features)), pixels)
 
     def encode(self, features: Float[Tensor, "b f"]) -> Float[Tensor, "b d"]:
         r"$\psi$ of a backbone's features."
@@ -241,12 +262,15 @@ class PictureAutoencoder(nn.Module):
 
     def rebuild(self, translated: Float[Tensor, "b _"]) -> Float[Tensor, "b 3 h w"]:
         "The largest pictures of what the mappings translate; where that is no condition yet, the mean is it."
-        condition = self.augmentation(translated)[0] if self.config.image_code == "code" else translated
-        return torch.cat([self.draw(part)[-1] for part in condition.split(64)])
+        conditions = self.augmentation(translated)[0] if self.config.image_code == "code" else translated
+        return torch.cat([self.draw(condition, code)[-1] for condition, code in zip(conditions.split(64), translated.split(64))])
 
-    def draw(self, condition: Float[Tensor, "b c"]) -> tuple[Float[Tensor, "b 3 _ _"], ...]:
-        r"Pictures of $\hat c$, low to high, with fresh noise."
-        return self.generator(condition, torch.randn(len(condition), self.config.noise, device=condition.device))
+    def draw(self, condition: Float[Tensor, "b c"], code: Float[Tensor, "b _"]) -> tuple[Float[Tensor, "b 3 _ _"], ...]:
+        r"Pictures of $\hat c$, low to high, with fresh noise; on the draft of $\psi$, where there is one."
+        images = self.generator(condition, torch.randn(len(condition), self.config.noise, device=condition.device))
+        if not self.config.draft: return images
+        draft = self.draft(code).unflatten(1, images[-1].shape[1:])
+        return tuple((image + F.adaptive_avg_pool2d(draft, image.shape[-1])).clamp(-1, 1) for image in images)
 
 # %% ../../nbs/systems/01_selfsup.ipynb #91be9ece
 def discriminator_losses(
@@ -299,16 +323,19 @@ class PicturePhase(Phase):
         return self.train
 
     def look(self, batch: Batch) -> Float[Tensor, "b f"]:
-        "The backbone's features of a batch: of each picture, or by the toss of a coin of its mirror image."
-        views = torch.randint(2, (len(batch),)).numpy() if self.train.augment else 0
-        return self.features.read(self.train.positions[batch.ids.cpu().numpy()], views=views).to(batch.ids.device)
+        "The backbone's features of a batch: of each picture, or of its mirror image where that is the target too."
+        ids = batch.ids.cpu().numpy()
+        alone = self.config.flip_alone and self.train.augment
+        mirrored = torch.randint(2, (len(ids),)).numpy() if alone else self.train.mirrored(ids).astype(int)
+        return self.features.read(self.train.positions[ids], views=mirrored).to(batch.ids.device)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         model, judges, batch = self.system.pictures, self.system.discriminators, at_least_two(batch, self.train)
         real = batch.images if isinstance(batch.images, tuple) else (batch.images,)
         with self.accelerator.autocast():
-            mean, log_variance = model.augmentation(model.encode(self.look(batch)))
-            drawn = model.draw(model.augmentation.sample(mean, log_variance))
+            code = model.encode(self.look(batch))
+            mean, log_variance = model.augmentation(code)
+            drawn = model.draw(model.augmentation.sample(mean, log_variance), code)
         total = 0.
         judged = discriminator_losses(judges, real, drawn, mean, self.config.wrong_pictures, self.group)
         for optimizer in self.optimizers[1:]:
@@ -571,7 +598,13 @@ class SelfSup(Rebuilds):
         return super().open_data(config, data, split, both)
 
     def prepare(self, train):
-        self.pictures.scale.fit(picture_features(train, self.config).read(train.positions), least=.01)   # of few pictures, many features are all but dark
+        features, rows = picture_features(train, self.config), np.arange(len(train))
+        self.pictures.scale.fit(features.read(train.positions), least=.01)              # of few pictures, many features are all but dark
+        if self.config.draft:
+            images, mirrored = torch.cat([largest(train[part]) for part in np.array_split(rows, -(-len(rows) // 256))]), train.mirrored(rows)
+            views = [(images, mirrored), (images.flip(3), ~mirrored)] if train.augment else [(images, mirrored)]
+            seen = [features.read(train.positions, views=view.astype(int)) for _, view in views]
+            self.pictures.expect(torch.cat(seen), torch.cat([shown for shown, _ in views]))
         if self.config.word_vectors:
             vectors, found = initial_vectors(self.vocabulary, self.config.word_vectors)
             print(f"{found} of {len(self.vocabulary.words)} words have vectors in {Path(self.config.word_vectors).name}")
