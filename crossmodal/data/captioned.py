@@ -127,11 +127,16 @@ class CollectionSplit:
         if self.pictures is None: return torch.empty(len(ids), 3, 0, 0)
         return self._present(self.pictures.read(self.positions[self.picture_of[ids]]), ids)
 
+    @property
+    def mirrors(self) -> bool:
+        "Whether half its pictures come as mirror images."
+        return self.augment and self.transform.flip
+
     def mirrored(self,
         ids: Int[np.ndarray, "b"],          # items
     ) -> Bool[np.ndarray, "b"]:
-        "Whether these items' pictures come as mirror images in this epoch."
-        return mirrored(self.transform, (self.seed, self.epoch, ids)) if self.augment else np.zeros(len(ids), dtype=bool)
+        "Whether these items' pictures do in this epoch."
+        return mirrored(self.transform, (self.seed, self.epoch, ids)) if self.mirrors else np.zeros(len(ids), dtype=bool)
 
     def _present(self, pictures: list[np.ndarray], ids: Int[np.ndarray, "b"]) -> Pictures | tuple[Pictures, ...]:
         if pictures: return present(pictures, self.transform, (self.seed, self.epoch, ids) if self.augment else None)

@@ -37,6 +37,7 @@ class BackboneSpec:
     side: int = 224
     scaling: tuple = IMAGENET
     grid: int = 1                           # the vector is the regions, averaged over so many fields a side
+    blocks: int | None = None               # of EfficientNet-lite0: it ends after so many of its sixteen
     front: int | None = None                # channels of the map that its front gives to its end (see below); None: it is not cut
 
 
@@ -46,8 +47,8 @@ BACKBONES = {
     "vgg19": BackboneSpec("VGG19_Weights.IMAGENET1K_V1", ("classifier.4", "features.36"), 4096, front=512),   # fc7 and pool5
     "inception_v3": BackboneSpec("Inception_V3_Weights.IMAGENET1K_V1", ("flatten", "Mixed_6e.cat"), 2048, 299, SYMMETRIC, front=768),
     "efficientnet_lite0": BackboneSpec("", ("", ""), 1280, 224, SYMMETRIC, front=112),
-    "efficientnet_lite0_early": BackboneSpec("", ("", ""), 16 * 16 * 16, 224, SYMMETRIC, grid=16),   # after the first of its sixteen blocks
-    "efficientnet_lite0_middle": BackboneSpec("", ("", ""), 6 * 6 * 80, 224, SYMMETRIC, grid=6),   # after half its blocks
+    "efficientnet_lite0_early": BackboneSpec("", ("", ""), 16 * 16 * 16, 224, SYMMETRIC, grid=16, blocks=1),
+    "efficientnet_lite0_middle": BackboneSpec("", ("", ""), 6 * 6 * 80, 224, SYMMETRIC, grid=6, blocks=8),
     "efficientnet_lite0_middle_colours": BackboneSpec("", ("", ""), 6 * 6 * (80 + 64), 224, SYMMETRIC, grid=6, front=80 + 64),    # told below
     "efficientnet_lite0_colours": BackboneSpec("", ("", ""), 1280 + 3 * 3 * 64, 224, SYMMETRIC, front=112 + 64),     # told below
 }
@@ -95,8 +96,7 @@ class Backbone(nn.Module):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         if front: self.network = _halves(name, trained)[0]
-        elif name == "efficientnet_lite0_early": self.network = _first_blocks(_lite0(trained), 1)
-        elif name == "efficientnet_lite0_middle": self.network = _first_blocks(_lite0(trained), 8)
+        elif self.spec.blocks: self.network = _first_blocks(_lite0(trained), self.spec.blocks)
         elif name == "efficientnet_lite0_middle_colours": self.network = nn.Sequential(_BesideColours(_first_blocks(_lite0(trained), 8)), _Roots())
         elif name == "efficientnet_lite0_colours": self.network = _Joined(*_halves(name, trained))
         else: self.network = _lite0(trained) if name == "efficientnet_lite0" else _graph(_torchvision_network(name, self.spec, trained), self.spec)

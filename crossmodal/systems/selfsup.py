@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.batch import Batch, at_least_two, largest, spread
+from ..data.batch import Batch, at_least_two, in_parts, largest, spread
 from ..data.bird_collection import label_positions
 from ..data.captioned import CollectionSplit, open_dataset
 from ..data.features import FeatureCache
@@ -146,7 +146,7 @@ SELFSUP_PRESETS = {
         "branches": Changed(2, "16 and 32 pixels"),
         "backbone": Changed("efficientnet_lite0_early", "no download; later layers have forgotten small parts and their colours"),
         "backbone_side": Changed(64, "faster; its first block looks at twice the pixels that are drawn"),
-        "draft": Changed(True, "in few steps the tree alone learns its pictures by heart"),
+        "draft": Changed(True, "in few steps the tree alone learns little that holds for others' pictures"),
         "noise": Changed(8, "little is left to chance when the code says most"),
         "generator_width": Changed(16, "two cores, minutes"), "discriminator_width": Changed(8, "likewise"),
         "pixel_weight": Changed(1500., "the adversarial losses alone need hundreds of epochs before there is a bird"),
@@ -157,7 +157,7 @@ SELFSUP_PRESETS = {
         "freeze_words": Changed(True, "where vectors are given: few captions would pull only their own words away"),
         "mapping_hidden": Changed(1, "two cores, minutes; narrow ones leave time for more updates"), "gan_epochs": Changed(16, "likewise"),
         "critic_bound": Changed(0., "a bounded critic wants some hundred thousand steps"),
-        "mmd_epochs": Changed(60, "two cores, under a minute for some 250 updates of the generator"), "mmd_patient": Changed(2, "few steps"),
+        "mmd_epochs": Changed(60, "two cores, under a minute for some 230 updates of the generator"), "mmd_patient": Changed(2, "few steps"),
         "mmd_speed": Changed(5., "few steps, so larger ones")},
     "reduced": REBUILD_PRESETS["reduced"] | {
         "branches": Changed(2, "32 and 64 pixels"), "generator_width": Changed(16, "two cores"), "discriminator_width": Changed(8, "likewise"),
@@ -176,7 +176,8 @@ def picture_features(
     config: RebuildConfig,
 ) -> FeatureCache:                          # by position in the collection
     "What the backbone says of all pictures of a dataset, computed once."
-    return backbone_features(train.collection, config.backbone, config.backbone_side, config.box, mirrored=config.augment)
+    return backbone_features(train.collection, config.backbone, config.backbone_side, config.box,
+                             mirrored=config.augment and train.transform.flip)
 
 # %% ../../nbs/systems/01_selfsup.ipynb #5f7c234f
 class Rebuilds(System):
@@ -237,8 +238,8 @@ class PictureAutoencoder(nn.Module):
         self.augmentation = ConditioningAugmentation(config.code, config.condition)
         self.generator = initialize(StackGenerator(config.condition, config.noise, config.generator_width, sizes))
         if config.draft:
-            self.draft = nn.Linear(config.code, 3 * config.side ** 2)
-            for solved in (self.last, self.draft): solved.requires_grad_(False)                 # they rest, once they are solved for
+            self.last.requires_grad_(False)                                                     # both rest, once they are solved for
+            self.draft = nn.Linear(config.code, 3 * config.side ** 2).requires_grad_(False)
 
     @torch.no_grad()
     def expect(self, features: Float[Tensor, "n f"], images: Float[Tensor, "n 3 h w"]):
@@ -247,7 +248,7 @@ class PictureAutoencoder(nn.Module):
         axes = nn.Sequential(nn.BatchNorm1d(pixels.shape[1], affine=False), nn.Linear(pixels.shape[1], self.config.code)).to(pixels.device)
         whiten(axes, pixels)
         regress(self.last, self.scale(features), axes(pixels), penalty=.1 * features.shape[1])
-        regress(self.draft, self.last(self.scale(features)), pixels)
+        regress(self.draft, self.encode(features), pixels)
 
     def encode(self, features: Float[Tensor, "b f"]) -> Float[Tensor, "b d"]:
         r"$\psi$ of a backbone's features."
@@ -325,7 +326,7 @@ class PicturePhase(Phase):
     def look(self, batch: Batch) -> Float[Tensor, "b f"]:
         "The backbone's features of a batch: of each picture, or of its mirror image where that is the target too."
         ids = batch.ids.cpu().numpy()
-        alone = self.config.flip_alone and self.train.augment
+        alone = self.config.flip_alone and self.train.mirrors
         mirrored = torch.randint(2, (len(ids),)).numpy() if alone else self.train.mirrored(ids).astype(int)
         return self.features.read(self.train.positions[ids], views=mirrored).to(batch.ids.device)
 
@@ -598,13 +599,13 @@ class SelfSup(Rebuilds):
         return super().open_data(config, data, split, both)
 
     def prepare(self, train):
-        features, rows = picture_features(train, self.config), np.arange(len(train))
+        features = picture_features(train, self.config)
         self.pictures.scale.fit(features.read(train.positions), least=.01)              # of few pictures, many features are all but dark
         if self.config.draft:
-            images, mirrored = torch.cat([largest(train[part]) for part in np.array_split(rows, -(-len(rows) // 256))]), train.mirrored(rows)
-            views = [(images, mirrored), (images.flip(3), ~mirrored)] if train.augment else [(images, mirrored)]
-            seen = [features.read(train.positions, views=view.astype(int)) for _, view in views]
-            self.pictures.expect(torch.cat(seen), torch.cat([shown for shown, _ in views]))
+            rows = np.arange(len(train))
+            images, mirrored = torch.cat([largest(train[part]) for part in in_parts(rows, 256)]), train.mirrored(rows)
+            if train.mirrors: images, rows, mirrored = torch.cat([images, images.flip(3)]), np.tile(rows, 2), np.concatenate([mirrored, ~mirrored])
+            self.pictures.expect(features.read(train.positions[rows], views=mirrored.astype(int)), images)
         if self.config.word_vectors:
             vectors, found = initial_vectors(self.vocabulary, self.config.word_vectors)
             print(f"{found} of {len(self.vocabulary.words)} words have vectors in {Path(self.config.word_vectors).name}")
